@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check protos clean
+
+demo: .venv/installed  ## Train, publish, serve, retrieve and swap on MovieLens-100K.
+	$(BIN)/twotower demo
+
+test: .venv/installed  ## The whole test suite.
+	$(BIN)/pytest
+
+check: .venv/installed  ## Format, lint, types, import contracts, protos, stubs.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+	scripts/protos --check
+	$(BIN)/hadolint Dockerfile
+
+protos: .venv/installed  ## Regenerate the stubs beside the protos.
+	scripts/protos
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:  ## Remove what the demo made.
+	rm -rf var

@@ -1,0 +1,1 @@
+"""The `twotower` command, on top of everything."""

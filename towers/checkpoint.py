@@ -1,0 +1,222 @@
+"""Checkpoints: immutable, versioned folders that hold both towers and all they need.
+
+Deliberately does not know how a tower is trained or run; it hands out verified bytes.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from towers.errors import ConflictError, CorruptArtefactError, NotFoundError, TwoTowerError
+from towers.schema import FeatureSchema, Owner, schema_from_json
+from towers.store import Store
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+SCHEMA = "schema.json"
+GOLDEN = "golden.json"
+TOWER_FILES: Mapping[Owner, str] = {"query": "query_tower.onnx", "item": "item_tower.onnx"}
+_VOCABULARY = re.compile(r"vocabulary/([A-Za-z][A-Za-z0-9_]*)\.json")
+
+
+class FileDigest(BaseModel):
+    """What a file must be."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sha256: str
+    size_bytes: int
+
+
+class Manifest(BaseModel):
+    """What a checkpoint is. Written last: no manifest, no checkpoint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = Field(ge=1)
+    created: datetime
+    dim: int = Field(ge=1)
+    metric: Literal["inner_product"] = "inner_product"
+    schema_fingerprint: str
+    files: Mapping[str, FileDigest]
+    metrics: Mapping[str, float]
+    """Offline figures, for example `test.recall_at_10`."""
+    config: Mapping[str, Any]
+    """The training configuration."""
+    data_window: tuple[datetime, datetime] | None
+    """First and last interaction trained on."""
+    code_revision: str
+    parent_version: int | None
+
+
+class GoldenExamples(BaseModel):
+    """Raw features of one tower and the embeddings that they must give."""
+
+    model_config = ConfigDict(frozen=True)
+
+    features: Sequence[Mapping[str, Any]]
+    embeddings: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class CheckpointDraft:
+    """All of a checkpoint but its number."""
+
+    dim: int
+    schema: FeatureSchema
+    vocabularies: Mapping[str, Sequence[str]]
+    towers: Mapping[Owner, bytes]
+    golden: Mapping[Owner, GoldenExamples]
+    metrics: Mapping[str, float]
+    config: Mapping[str, Any]
+    data_window: tuple[datetime, datetime] | None
+    code_revision: str
+    parent_version: int | None
+
+
+@dataclass(frozen=True)
+class TowerFiles:
+    """One tower of a checkpoint, every file verified against the manifest."""
+
+    owner: Owner
+    manifest: Manifest
+    schema: FeatureSchema
+    vocabularies: Mapping[str, Sequence[str]]
+    golden: GoldenExamples
+    onnx: bytes
+
+
+class CheckpointStore:
+    """The checkpoints of one object store. All methods block and raise `StoreUnavailableError`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def versions(self) -> list[int]:
+        """Published versions, rising."""
+        paths = self._store.files(FOLDER)
+        published = (re.fullmatch(rf"{FOLDER}/(\d+)/{re.escape(MANIFEST)}", path) for path in paths)
+        return sorted(int(match.group(1)) for match in published if match)
+
+    def manifest(self, version: int) -> Manifest:
+        """Reads a manifest.
+
+        Raises:
+            NotFoundError: the version is not published.
+            CorruptArtefactError: the manifest cannot be parsed.
+        """
+        try:
+            content = self._store.get(_path(version, MANIFEST))
+        except NotFoundError as error:
+            raise NotFoundError(f"checkpoint {version} is not published; published: {self.versions()}") from error
+        try:
+            manifest = Manifest.model_validate_json(content)
+        except ValidationError as error:
+            raise CorruptArtefactError(f"checkpoint {version}: its manifest is not valid: {error}") from error
+        if manifest.version != version:
+            raise CorruptArtefactError(f"checkpoint {version}: its manifest says version {manifest.version}")
+        return manifest
+
+    def load(self, version: int, owner: Owner) -> TowerFiles:
+        """Reads and verifies one tower. Nothing is parsed before its size and sha256 are right.
+
+        Raises:
+            NotFoundError: the version is not published.
+            CorruptArtefactError: a file is missing, differs from the manifest or cannot be parsed.
+        """
+        manifest = self.manifest(version)
+        schema = schema_from_json(self._verified(manifest, SCHEMA))
+        if schema.fingerprint != manifest.schema_fingerprint:
+            raise CorruptArtefactError(f"checkpoint {version}: {SCHEMA} is not the schema that the manifest names")
+        vocabularies: dict[str, list[str]] = {}
+        for path in manifest.files:
+            if match := _VOCABULARY.fullmatch(path):
+                vocabularies[match.group(1)] = _parsed(version, path, self._verified(manifest, path))
+        golden = _parsed(version, GOLDEN, self._verified(manifest, GOLDEN))
+        try:
+            examples = GoldenExamples.model_validate(golden[owner])
+        except (ValidationError, KeyError, TypeError) as error:
+            raise CorruptArtefactError(f"checkpoint {version}: {GOLDEN} has no valid {owner} examples") from error
+        return TowerFiles(owner, manifest, schema, vocabularies, examples, self._verified(manifest, TOWER_FILES[owner]))
+
+    def publish(self, draft: CheckpointDraft) -> Manifest:
+        """Publishes a checkpoint under the next free number; visible at once and whole, or not at all.
+
+        Every file is put only if absent, so the first one claims the number: of two publishers that race, one wins.
+
+        Raises:
+            ConflictError: another publisher took the number; nothing of this one is visible. Publish again.
+        """
+        claimed = [int(name) for name in self._store.folders(FOLDER) if name.isdigit()]
+        version = max(claimed, default=0) + 1
+        files = _file_contents(draft)
+        manifest = Manifest(
+            version=version,
+            created=datetime.now(UTC),
+            dim=draft.dim,
+            schema_fingerprint=draft.schema.fingerprint,
+            files={
+                path: FileDigest(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+                for path, content in files.items()
+            },
+            metrics=draft.metrics,
+            config=draft.config,
+            data_window=draft.data_window,
+            code_revision=draft.code_revision,
+            parent_version=draft.parent_version,
+        )
+        written: list[str] = []
+        try:
+            for path, content in files.items():
+                self._store.put_new(_path(version, path), content)
+                written.append(path)
+            self._store.put_new(_path(version, MANIFEST), manifest.model_dump_json(indent=1).encode())
+        except TwoTowerError as error:
+            # The claim goes last, so that nobody takes the number while files of ours are left.
+            for path in reversed(written):
+                self._store.delete(_path(version, path))
+            if isinstance(error, ConflictError):
+                raise ConflictError(f"another publisher took checkpoint {version}; publish again") from error
+            raise
+        return manifest
+
+    def _verified(self, manifest: Manifest, path: str) -> bytes:
+        digest = manifest.files.get(path)
+        if digest is None:
+            raise CorruptArtefactError(f"checkpoint {manifest.version}: the manifest does not name {path}")
+        try:
+            content = self._store.get(_path(manifest.version, path))
+        except NotFoundError as error:
+            raise CorruptArtefactError(f"checkpoint {manifest.version}: {path} is missing") from error
+        if len(content) != digest.size_bytes or hashlib.sha256(content).hexdigest() != digest.sha256:
+            raise CorruptArtefactError(
+                f"checkpoint {manifest.version}: {path} differs from the manifest (size or sha256)"
+            )
+        return content
+
+
+def _path(version: int, file: str) -> str:
+    return f"{FOLDER}/{version}/{file}"
+
+
+def _parsed(version: int, path: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise CorruptArtefactError(f"checkpoint {version}: {path} is not JSON: {error}") from error
+
+
+def _file_contents(draft: CheckpointDraft) -> dict[str, bytes]:
+    golden = {owner: examples.model_dump(mode="json") for owner, examples in draft.golden.items()}
+    files = {SCHEMA: draft.schema.to_json(), GOLDEN: json.dumps(golden).encode()}
+    for name, tokens in draft.vocabularies.items():
+        files[f"vocabulary/{name}.json"] = json.dumps(list(tokens)).encode()
+    for owner, file in TOWER_FILES.items():
+        files[file] = draft.towers[owner]
+    return files

@@ -1,0 +1,140 @@
+"""The recipe of every gRPC server here: error mapping, health, drain on SIGTERM.
+
+Deliberately does not know any service. `""` in the health protocol means that the process is up; the service's own
+name means that it is ready to answer.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from towers.errors import InvalidInputError, TwoTowerError
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
+    # Without this a second server shares the port silently.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+
+CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # The default backs off for up to two minutes: a restarted server would stay unseen for as long.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+_log = logging.getLogger(__name__)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns the error tree into statuses; anything else is logged and leaves as INTERNAL without detail."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps unary handlers; streams of the health and reflection services pass."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        answer: Any = handler.unary_unary
+
+        async def answer_or_abort(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return await answer(request, context)
+            except grpc.aio.AbortError:
+                raise
+            except TwoTowerError as error:
+                if error.status in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+                    _log.exception("%s failed", handler_call_details.method)
+                await context.abort(error.status, str(error))
+            except Exception:
+                _log.exception("%s failed", handler_call_details.method)
+                await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer_or_abort,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+class RpcServer:
+    """A grpc.aio server with health, error mapping and drain."""
+
+    def __init__(
+        self, address: str, service_name: str, *, drain_s: float, grace_s: float, reflect: bool = False
+    ) -> None:
+        """Makes a server; nothing listens yet.
+
+        Args:
+            address: `host:port`, port 0 for any free one, or `unix:/path`.
+            service_name: Full name of the service, for health and reflection.
+            drain_s: Seconds between NOT_SERVING and the refusal of new calls, for clients to see it.
+            grace_s: Seconds that calls in flight then have to end.
+            reflect: Whether the reflection service is on.
+        """
+        self.grpc = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=SERVER_OPTIONS)
+        self._address = address
+        self._service_name = service_name
+        self._drain_s = drain_s
+        self._grace_s = grace_s
+        self._health = health_aio.HealthServicer()
+        self._is_draining = False
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        if reflect:
+            reflection.enable_server_reflection((service_name, reflection.SERVICE_NAME), self.grpc)
+
+    async def start(self) -> int:
+        """Listens.
+
+        Returns:
+            The port; 0 for a unix socket.
+
+        Raises:
+            InvalidInputError: the address cannot be bound.
+        """
+        try:
+            port = self.grpc.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise InvalidInputError(f"cannot listen on {self._address}: is another process using it?") from error
+        await self.set_ready(False)
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self.grpc.start()
+        _log.info("%s listens on %s (port %d)", self._service_name, self._address, port)
+        return port
+
+    async def set_ready(self, is_ready: bool) -> None:
+        """Says whether the service can answer; after the drain began it stays NOT_SERVING."""
+        status = health_pb2.HealthCheckResponse
+        state = status.SERVING if is_ready and not self._is_draining else status.NOT_SERVING
+        await self._health.set(self._service_name, state)
+
+    async def drain_and_stop(self) -> None:
+        """NOT_SERVING first, then time for clients to see it, then no new calls, then the end of those in flight."""
+        self._is_draining = True
+        await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(self._drain_s)
+        await self.grpc.stop(self._grace_s)
+
+
+async def until_stopped() -> None:
+    """Returns at the first SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()

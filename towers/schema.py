@@ -1,0 +1,241 @@
+"""The feature schema: which features a model has, which tower owns each, and the parameters learned for it.
+
+Deliberately does not know how a raw value becomes an array (`towers.features`) nor how parameters are learned
+(`trainer.fit`).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from towers.errors import CrossTowerFeatureError, InvalidSchemaError
+
+Owner = Literal["query", "item"]
+RERANKER_ADVICE = "it belongs in the reranker, which sees query and item together"
+
+_OWNER_SOURCES: Mapping[str, tuple[str, ...]] = {"query": ("users", "history"), "item": ("items",)}
+
+
+class _Feature(BaseModel):
+    """What all kinds share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)
+    owner: Owner
+    source: str = ""
+    """Table the training values come from: `users`, `items` or `history`; the owner's own table when left out."""
+    column: str = ""
+    """Column of the source table; the feature's name when left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            values = dict(values)
+            own_source = {"query": "history" if values.get("kind") == "sequence" else "users", "item": "items"}
+            values["source"] = values.get("source") or own_source.get(values.get("owner", ""), "")
+            values["column"] = values.get("column") or values.get("name", "")
+        return values
+
+    @model_validator(mode="after")
+    def _owner_has_source(self) -> Self:
+        allowed = _OWNER_SOURCES[self.owner]
+        if self.source not in allowed:
+            raise ValueError(f"source {self.source!r} cannot feed the {self.owner} tower; use one of {list(allowed)}")
+        if (self.source == "history") != (getattr(self, "kind", "") == "sequence"):
+            raise ValueError("source 'history' and kind 'sequence' go together")
+        return self
+
+
+class _Embedded(_Feature):
+    """A feature whose ids are looked up in an embedding table."""
+
+    embedding_dim: int | None = Field(default=None, ge=1, le=4096)
+    """Width of the embedding table's rows; the model's default when left out."""
+
+
+class CategoricalFeature(_Embedded):
+    """One id. 0 is missing; with a vocabulary 1 is unknown and 2.. are its entries; with buckets 1.. are buckets."""
+
+    kind: Literal["categorical"] = "categorical"
+    hash_buckets: int | None = Field(default=None, ge=1)
+    """Number of hash buckets; a vocabulary is learned when left out."""
+    min_count: int = Field(default=1, ge=1)
+    """Values seen less often in training are unknown."""
+
+
+class CategoricalListFeature(_Embedded):
+    """A set of ids, such as genres or tags. Ids as in `CategoricalFeature`."""
+
+    kind: Literal["categorical_list"] = "categorical_list"
+    hash_buckets: int | None = Field(default=None, ge=1)
+    min_count: int = Field(default=1, ge=1)
+    max_length: int = Field(default=64, ge=1, le=4096)
+    """Entries after this many are dropped."""
+
+
+class SequenceFeature(_Embedded):
+    """The user's earlier items, newest last. Shares vocabulary and embedding table with an item feature."""
+
+    kind: Literal["sequence"] = "sequence"
+    items: str
+    """Name of the item's categorical feature whose ids the sequence holds."""
+    max_length: int = Field(default=50, ge=1, le=4096)
+    """The newest this many are kept."""
+    pooling: Literal["mean"] = "mean"
+
+
+class NumberFeature(_Feature):
+    """A float. Missing has a flag of its own."""
+
+    kind: Literal["number"] = "number"
+    scaling: Literal["standard", "log1p", "quantile"] = "standard"
+    """`standard`: (x - mean) / std. `log1p`: sign(x) log(1 + |x|), then the same. `quantile`: bucket id, embedded."""
+    num_buckets: int = Field(default=10, ge=2, le=1000)
+    embedding_dim: int | None = Field(default=None, ge=1, le=4096)
+    mean: float = 0.0
+    std: float = Field(default=1.0, gt=0)
+    boundaries: tuple[float, ...] = ()
+    """Rising upper bounds of all quantile buckets but the last."""
+
+
+class TimestampFeature(_Feature):
+    """Unix seconds: age at the end of the training data, hour of day and weekday (UTC)."""
+
+    kind: Literal["timestamp"] = "timestamp"
+    reference_time_s: float = 0.0
+    """The moment ages are counted to: the last interaction of the training data."""
+
+
+class TextFeature(_Embedded):
+    """Text as hashed word and character n-grams."""
+
+    kind: Literal["text"] = "text"
+    hash_buckets: int = Field(default=20_000, ge=1)
+    word_ngrams: tuple[int, ...] = (1, 2)
+    char_ngrams: tuple[int, ...] = (3, 4)
+    max_length: int = Field(default=256, ge=1, le=4096)
+    """N-grams after this many are dropped."""
+
+    @model_validator(mode="after")
+    def _has_ngrams(self) -> Self:
+        sizes = self.word_ngrams + self.char_ngrams
+        if not sizes or min(sizes) < 1 or max(sizes) > 10:
+            raise ValueError("word_ngrams and char_ngrams: give at least one size, each from 1 to 10")
+        return self
+
+
+class VectorFeature(_Feature):
+    """Floats as given: an embedding from another model. Missing is all zeros."""
+
+    kind: Literal["vector"] = "vector"
+    size: int = Field(ge=1, le=65_536)
+
+
+Feature = Annotated[
+    CategoricalFeature
+    | CategoricalListFeature
+    | SequenceFeature
+    | NumberFeature
+    | TimestampFeature
+    | TextFeature
+    | VectorFeature,
+    Field(discriminator="kind"),
+]
+
+
+class FeatureSchema(BaseModel):
+    """All features of a model, in the order in which the towers concatenate them.
+
+    A schema read from configuration has the defaults of the learned parameters; the trainer returns a copy with
+    the learned ones, and that copy travels in the checkpoint.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    features: tuple[Feature, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [feature.name for feature in self.features]
+        repeated = {name for name in names if names.count(name) > 1}
+        if repeated:
+            raise ValueError(f"feature names must be unique; repeated: {sorted(repeated)}")
+        for owner in ("query", "item"):
+            if not self.of(owner):
+                raise ValueError(f"the {owner} tower has no feature; declare one with owner = {owner!r}")
+        for feature in self.features:
+            if isinstance(feature, SequenceFeature):
+                shared = next((other for other in self.features if other.name == feature.items), None)
+                if not isinstance(shared, CategoricalFeature) or shared.owner != "item":
+                    raise ValueError(
+                        f"feature {feature.name!r}: items = {feature.items!r} must name a categorical item feature"
+                    )
+        return self
+
+    def of(self, owner: Owner) -> tuple[Feature, ...]:
+        """Features of one tower, in order."""
+        return tuple(feature for feature in self.features if feature.owner == owner)
+
+    def vocabulary_names(self) -> tuple[str, ...]:
+        """Names of the features that need a vocabulary file."""
+        return tuple(
+            feature.name
+            for feature in self.features
+            if isinstance(feature, CategoricalFeature | CategoricalListFeature) and feature.hash_buckets is None
+        )
+
+    def to_json(self) -> bytes:
+        """Canonical bytes: the same schema always gives the same bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1).encode()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical bytes, hexadecimal."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+
+def parse_schema(declarations: Sequence[Mapping[str, Any]]) -> FeatureSchema:
+    """Validates feature declarations, as read from TOML or JSON.
+
+    Raises:
+        CrossTowerFeatureError: a feature's source is the interaction table (first layer of the two-tower rule).
+        InvalidSchemaError: anything else; the message names the feature and the field.
+    """
+    for declaration in declarations:
+        if declaration.get("source") == "interactions":
+            raise CrossTowerFeatureError(
+                f"feature {declaration.get('name', '?')!r}: its source is the interaction table, so it differs for "
+                f"each pair of query and item and cannot be in a tower; {RERANKER_ADVICE}"
+            )
+    try:
+        return FeatureSchema.model_validate({"features": declarations})
+    except ValidationError as error:
+        raise InvalidSchemaError("; ".join(_in_words(detail, declarations) for detail in error.errors())) from error
+
+
+def schema_from_json(content: bytes) -> FeatureSchema:
+    """Reads the bytes that `FeatureSchema.to_json` wrote.
+
+    Raises:
+        InvalidSchemaError: the bytes are not a valid schema.
+    """
+    try:
+        declarations = json.loads(content)["features"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidSchemaError(f"schema.json is not a feature schema: {error}") from error
+    return parse_schema(declarations)
+
+
+def _in_words(detail: Any, declarations: Sequence[Mapping[str, Any]]) -> str:
+    location = [part for part in detail["loc"] if part != "features"]
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if location and isinstance(location[0], int):
+        name = declarations[location[0]].get("name", f"number {location[0] + 1}")
+        field = ".".join(str(part) for part in location[2:])
+        return f"feature {name!r}{', ' + field if field else ''}: {message}"
+    return message

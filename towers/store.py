@@ -1,0 +1,107 @@
+"""The object store: a folder, or a bucket on S3, GCS or Azure.
+
+Deliberately does not know what is stored. The one place where obstore's errors become ours.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import NotFoundError as ObjectNotFoundError
+from obstore.exceptions import PreconditionError as ObjectPreconditionError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from towers.errors import ConflictError, InvalidInputError, NotFoundError, StoreUnavailableError
+
+_REMOTE_SCHEMES = ("s3", "gs", "az")
+
+
+class Store:
+    """Immutable objects under one root. All methods block; call them off the event loop.
+
+    All raise `StoreUnavailableError` when the store cannot be reached or read.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Opens a store.
+
+        Args:
+            url: A folder, made if absent, or `s3://bucket/prefix`, `gs://…`, `az://…`; credentials and endpoint come
+                from the provider's usual environment variables.
+
+        Raises:
+            InvalidInputError: the URL has another scheme, or the folder cannot be made.
+        """
+        scheme, separator, _ = url.partition("://")
+        if separator and scheme != "file":
+            if scheme not in _REMOTE_SCHEMES:
+                raise InvalidInputError(f"store {url!r}: use a folder or one of s3://, gs://, az://")
+            self.url = url.rstrip("/")
+            with _translated(url):
+                self._objects: ObjectStore = from_url(
+                    self.url,
+                    client_options={"connect_timeout": "5s", "timeout": "60s"},
+                    retry_config={"max_retries": 3},
+                )
+            return
+        folder = Path(url.removeprefix("file://")).absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInputError(f"store {url!r}: {error}") from error
+        self.url = os.fspath(folder)
+        self._objects = LocalStore(folder)
+
+    def put_new(self, path: str, content: bytes) -> None:
+        """Writes an object, atomically, unless it exists.
+
+        Raises:
+            ConflictError: the object exists; it is unchanged.
+        """
+        with _translated(path):
+            try:
+                obstore.put(self._objects, path, content, mode="create", use_multipart=False)
+            except (AlreadyExistsError, ObjectPreconditionError, FileExistsError) as error:
+                raise ConflictError(f"{path} exists already") from error
+
+    def get(self, path: str) -> bytes:
+        """Reads an object.
+
+        Raises:
+            NotFoundError: there is no such object.
+        """
+        with _translated(path):
+            return obstore.get(self._objects, path).bytes().to_bytes()
+
+    def files(self, prefix: str) -> dict[str, int]:
+        """Paths of all objects below a prefix, with their sizes in bytes."""
+        with _translated(prefix):
+            return {meta["path"]: meta["size"] for page in obstore.list(self._objects, prefix) for meta in page}
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly below a prefix."""
+        with _translated(prefix):
+            found = obstore.list_with_delimiter(self._objects, prefix)["common_prefixes"]
+            return [path.rstrip("/").rsplit("/", 1)[-1] for path in found]
+
+    def delete(self, path: str) -> None:
+        """Deletes an object, if it exists."""
+        with _translated(path):
+            try:
+                obstore.delete(self._objects, path)
+            except (FileNotFoundError, ObjectNotFoundError):
+                return
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, ObjectNotFoundError) as error:
+        raise NotFoundError(f"{what} is not in the store") from error
+    except (BaseError, OSError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise StoreUnavailableError(f"{what}: {first_line}") from error

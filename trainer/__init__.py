@@ -1,0 +1,1 @@
+"""Trains both towers and publishes versioned checkpoints. The only room that knows torch."""
