@@ -4,7 +4,7 @@ Deliberately does not know what is stored. The one place where obstore's errors 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from obstore.store import LocalStore, ObjectStore, from_url
 
 from towers.errors import ConflictError, InvalidInputError, NotFoundError, StoreUnavailableError
 
-_REMOTE_SCHEMES = ("s3", "gs", "az")
+_REMOTE_SCHEMES: Mapping[str, str] = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+"""Scheme to the prefix of its provider's environment variables."""
 
 
 class Store:
@@ -43,7 +44,12 @@ class Store:
             with _translated(url):
                 self._objects: ObjectStore = from_url(
                     self.url,
-                    client_options={"connect_timeout": "5s", "timeout": "60s"},
+                    # Given client options, obstore no longer reads this one from the environment.
+                    client_options={
+                        "connect_timeout": "5s",
+                        "timeout": "60s",
+                        "allow_http": _is_true(os.environ.get(f"{_REMOTE_SCHEMES[scheme]}_ALLOW_HTTP", "")),
+                    },
                     retry_config={"max_retries": 3},
                 )
             return
@@ -94,6 +100,10 @@ class Store:
                 obstore.delete(self._objects, path)
             except (FileNotFoundError, ObjectNotFoundError):
                 return
+
+
+def _is_true(value: str) -> bool:
+    return value.strip().lower() in ("1", "true", "yes", "on")
 
 
 @contextmanager
