@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from retrieval.feature.v1 import feature_pb2 as retrieval_dot_feature_dot_v1_dot_feature__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&retrieval/index/v1/index_service.proto\x12\x12retrieval.index.v1\x1a\"retrieval/feature/v1/feature.proto\"\xbc\x01\n\rSearchRequest\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x18\n\x10query_embeddings\x18\x02 \x01(\x0c\x12\x13\n\x0bnum_queries\x18\x03 \x01(\x05\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x05 \x03(\t\x12\x17\n\x0f\x61ttribute_names\x18\x06 \x03(\t\x12\r\n\x05shard\x18\x07 \x01(\x05\x12\x12\n\nnum_shards\x18\x08 \x01(\x05\"\xcf\x01\n\x0eSearchResponse\x12\x12\n\nhit_counts\x18\x01 \x01(\x0c\x12\x0e\n\x06scores\x18\x02 \x01(\x0c\x12\x10\n\x08item_ids\x18\x03 \x01(\x0c\x12\x15\n\ritem_id_sizes\x18\x04 \x01(\x0c\x12\x39\n\nattributes\x18\x05 \x03(\x0b\x32%.retrieval.feature.v1.AttributeColumn\x12\x1a\n\x12\x63heckpoint_version\x18\x06 \x01(\x03\x12\x19\n\x11\x63\x61talogue_version\x18\x07 \x01(\t\"\x17\n\x15GetShardStatusRequest\"\x8d\x01\n\x16GetShardStatusResponse\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x12\n\nnum_shards\x18\x02 \x01(\x05\x12\x1b\n\x13\x64\x65ployment_revision\x18\x03 \x01(\x03\x12\x33\n\x08versions\x18\x04 \x03(\x0b\x32!.retrieval.index.v1.VersionStatus\"\xa3\x02\n\rVersionStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .retrieval.index.v1.VersionState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08progress\x18\x04 \x01(\x01\x12\x19\n\x11\x63\x61talogue_version\x18\x05 \x01(\t\x12\x11\n\tnum_items\x18\x06 \x01(\x03\x12\x17\n\x0fnum_quarantined\x18\x07 \x01(\x03\x12\x12\n\nindex_type\x18\x08 \x01(\t\x12\x12\n\nsize_bytes\x18\t \x01(\x03\x12\x19\n\x11loaded_from_store\x18\n \x01(\x08\x12\x19\n\x11golden_difference\x18\x0b \x01(\x01*\xb8\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16VERSION_STATE_BUILDING\x10\x01\x12\x19\n\x15VERSION_STATE_LOADING\x10\x02\x12\x1b\n\x17VERSION_STATE_AVAILABLE\x10\x03\x12\x1b\n\x17VERSION_STATE_UNLOADING\x10\x04\x12\x18\n\x14VERSION_STATE_FAILED\x10\x05\x32\xc8\x01\n\x0cIndexService\x12O\n\x06Search\x12!.retrieval.index.v1.SearchRequest\x1a\".retrieval.index.v1.SearchResponse\x12g\n\x0eGetShardStatus\x12).retrieval.index.v1.GetShardStatusRequest\x1a*.retrieval.index.v1.GetShardStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&retrieval/index/v1/index_service.proto\x12\x12retrieval.index.v1\x1a\"retrieval/feature/v1/feature.proto\"\xbc\x01\n\rSearchRequest\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x18\n\x10query_embeddings\x18\x02 \x01(\x0c\x12\x13\n\x0bnum_queries\x18\x03 \x01(\x05\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x05 \x03(\t\x12\x17\n\x0f\x61ttribute_names\x18\x06 \x03(\t\x12\r\n\x05shard\x18\x07 \x01(\x05\x12\x12\n\nnum_shards\x18\x08 \x01(\x05\"\xcf\x01\n\x0eSearchResponse\x12\x12\n\nhit_counts\x18\x01 \x01(\x0c\x12\x0e\n\x06scores\x18\x02 \x01(\x0c\x12\x10\n\x08item_ids\x18\x03 \x01(\x0c\x12\x15\n\ritem_id_sizes\x18\x04 \x01(\x0c\x12\x39\n\nattributes\x18\x05 \x03(\x0b\x32%.retrieval.feature.v1.AttributeColumn\x12\x1a\n\x12\x63heckpoint_version\x18\x06 \x01(\x03\x12\x19\n\x11\x63\x61talogue_version\x18\x07 \x01(\t\"\x17\n\x15GetShardStatusRequest\"\x8d\x01\n\x16GetShardStatusResponse\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x12\n\nnum_shards\x18\x02 \x01(\x05\x12\x1b\n\x13\x64\x65ployment_revision\x18\x03 \x01(\x03\x12\x33\n\x08versions\x18\x04 \x03(\x0b\x32!.retrieval.index.v1.VersionStatus\"\xb7\x02\n\rVersionStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .retrieval.index.v1.VersionState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08progress\x18\x04 \x01(\x01\x12\x19\n\x11\x63\x61talogue_version\x18\x05 \x01(\t\x12\x11\n\tnum_items\x18\x06 \x01(\x03\x12\x17\n\x0fnum_quarantined\x18\x07 \x01(\x03\x12\x12\n\nindex_type\x18\x08 \x01(\t\x12\x12\n\nsize_bytes\x18\t \x01(\x03\x12\x19\n\x11loaded_from_store\x18\n \x01(\x08\x12\x19\n\x11golden_difference\x18\x0b \x01(\x01\x12\x12\n\nis_corrupt\x18\x0c \x01(\x08*\xb8\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16VERSION_STATE_BUILDING\x10\x01\x12\x19\n\x15VERSION_STATE_LOADING\x10\x02\x12\x1b\n\x17VERSION_STATE_AVAILABLE\x10\x03\x12\x1b\n\x17VERSION_STATE_UNLOADING\x10\x04\x12\x18\n\x14VERSION_STATE_FAILED\x10\x05\x32\xc8\x01\n\x0cIndexService\x12O\n\x06Search\x12!.retrieval.index.v1.SearchRequest\x1a\".retrieval.index.v1.SearchResponse\x12g\n\x0eGetShardStatus\x12).retrieval.index.v1.GetShardStatusRequest\x1a*.retrieval.index.v1.GetShardStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'retrieval.index.v1.index_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERSIONSTATE']._serialized_start=963
-  _globals['_VERSIONSTATE']._serialized_end=1147
+  _globals['_VERSIONSTATE']._serialized_start=983
+  _globals['_VERSIONSTATE']._serialized_end=1167
   _globals['_SEARCHREQUEST']._serialized_start=99
   _globals['_SEARCHREQUEST']._serialized_end=287
   _globals['_SEARCHRESPONSE']._serialized_start=290
@@ -43,7 +43,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSHARDSTATUSRESPONSE']._serialized_start=525
   _globals['_GETSHARDSTATUSRESPONSE']._serialized_end=666
   _globals['_VERSIONSTATUS']._serialized_start=669
-  _globals['_VERSIONSTATUS']._serialized_end=960
-  _globals['_INDEXSERVICE']._serialized_start=1150
-  _globals['_INDEXSERVICE']._serialized_end=1350
+  _globals['_VERSIONSTATUS']._serialized_end=980
+  _globals['_INDEXSERVICE']._serialized_start=1170
+  _globals['_INDEXSERVICE']._serialized_end=1370
 # @@protoc_insertion_point(module_scope)

@@ -232,6 +232,7 @@ class VersionStatus(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     LOADED_FROM_STORE_FIELD_NUMBER: _builtins.int
     GOLDEN_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    IS_CORRUPT_FIELD_NUMBER: _builtins.int
     checkpoint_version: _builtins.int
     """The checkpoint version."""
     state: Global___VersionState.ValueType
@@ -254,6 +255,10 @@ class VersionStatus(_message.Message):
     """Whether it was loaded from the store rather than built by this replica."""
     golden_difference: _builtins.float
     """Largest absolute difference between the golden embeddings and this machine's own."""
+    is_corrupt: _builtins.bool
+    """Whether it failed because the checkpoint itself is corrupt, or drifts from its golden
+    embeddings on this machine: trying again cannot heal that.
+    """
     def __init__(
         self,
         *,
@@ -268,10 +273,11 @@ class VersionStatus(_message.Message):
         size_bytes: _builtins.int = ...,
         loaded_from_store: _builtins.bool = ...,
         golden_difference: _builtins.float = ...,
+        is_corrupt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue_version", b"catalogue_version", "checkpoint_version", b"checkpoint_version", "golden_difference", b"golden_difference", "index_type", b"index_type", "loaded_from_store", b"loaded_from_store", "num_items", b"num_items", "num_quarantined", b"num_quarantined", "progress", b"progress", "reason", b"reason", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue_version", b"catalogue_version", "checkpoint_version", b"checkpoint_version", "golden_difference", b"golden_difference", "index_type", b"index_type", "is_corrupt", b"is_corrupt", "loaded_from_store", b"loaded_from_store", "num_items", b"num_items", "num_quarantined", b"num_quarantined", "progress", b"progress", "reason", b"reason", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

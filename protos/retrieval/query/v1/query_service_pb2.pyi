@@ -398,6 +398,7 @@ class TowerStatus(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     GOLDEN_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    IS_CORRUPT_FIELD_NUMBER: _builtins.int
     checkpoint_version: _builtins.int
     """The checkpoint version."""
     state: Global___TowerState.ValueType
@@ -406,6 +407,10 @@ class TowerStatus(_message.Message):
     """Why it failed, in words; empty otherwise."""
     golden_difference: _builtins.float
     """Largest absolute difference between the golden embeddings and this process's own."""
+    is_corrupt: _builtins.bool
+    """Whether it failed because the checkpoint itself is corrupt, or drifts from its golden
+    embeddings on this machine: trying again cannot heal that.
+    """
     def __init__(
         self,
         *,
@@ -413,10 +418,11 @@ class TowerStatus(_message.Message):
         state: Global___TowerState.ValueType = ...,
         reason: _builtins.str = ...,
         golden_difference: _builtins.float = ...,
+        is_corrupt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "golden_difference", b"golden_difference", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "golden_difference", b"golden_difference", "is_corrupt", b"is_corrupt", "reason", b"reason", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
