@@ -4,6 +4,9 @@ Deliberately does not know any service. `""` in the health protocol means that t
 name means that it is ready to answer.
 """
 
+# The generic types of grpc exist for the type checker alone.
+from __future__ import annotations
+
 import asyncio
 import logging
 import signal
