@@ -1,0 +1,152 @@
+"""Real gRPC servers whose replicas say what a test tells them to: faults that real services show rarely."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
+from retrieval.query.v1 import query_service_pb2, query_service_pb2_grpc
+
+from rollout.fleet import LoadStatus, State
+
+_SHARD_STATES = {
+    State.UNKNOWN: index_service_pb2.VERSION_STATE_UNSPECIFIED,
+    State.BUILDING: index_service_pb2.VERSION_STATE_BUILDING,
+    State.LOADING: index_service_pb2.VERSION_STATE_LOADING,
+    State.AVAILABLE: index_service_pb2.VERSION_STATE_AVAILABLE,
+    State.UNLOADING: index_service_pb2.VERSION_STATE_UNLOADING,
+    State.FAILED: index_service_pb2.VERSION_STATE_FAILED,
+}
+_TOWER_STATES = {
+    State.UNKNOWN: query_service_pb2.TOWER_STATE_UNSPECIFIED,
+    State.LOADING: query_service_pb2.TOWER_STATE_LOADING,
+    State.AVAILABLE: query_service_pb2.TOWER_STATE_AVAILABLE,
+    State.FAILED: query_service_pb2.TOWER_STATE_FAILED,
+}
+
+
+@dataclass
+class ScriptedReplica:
+    """What one replica answers; change it at any time."""
+
+    loads: Sequence[LoadStatus] = ()
+    shard: int = 0
+    num_shards: int = 2
+    delay_s: float = 0.0
+    failure: grpc.StatusCode | None = None
+    address: str = field(default="", init=False)
+
+    async def wait_or_fail(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await asyncio.sleep(self.delay_s)
+        if self.failure is not None:
+            await context.abort(self.failure, "as scripted")
+
+
+class _Shard(index_service_pb2_grpc.IndexServiceServicer):
+    def __init__(self, script: ScriptedReplica) -> None:
+        self._script = script
+
+    async def GetShardStatus(  # noqa: N802
+        self, request: index_service_pb2.GetShardStatusRequest, context: Any
+    ) -> index_service_pb2.GetShardStatusResponse:
+        await self._script.wait_or_fail(context)
+        return index_service_pb2.GetShardStatusResponse(
+            shard=self._script.shard,
+            num_shards=self._script.num_shards,
+            deployment_revision=3,
+            versions=[
+                index_service_pb2.VersionStatus(
+                    checkpoint_version=load.version,
+                    state=_SHARD_STATES[load.state],
+                    reason=load.reason,
+                    is_corrupt=load.is_corrupt,
+                    progress=load.progress,
+                    golden_difference=load.golden_difference,
+                    num_items=load.num_items,
+                    num_quarantined=load.num_quarantined,
+                    index_type=load.index_type,
+                    catalogue_version=load.catalogue_version,
+                )
+                for load in self._script.loads
+            ],
+        )
+
+
+class _QueryService(query_service_pb2_grpc.QueryServiceServicer):
+    def __init__(self, script: ScriptedReplica) -> None:
+        self._script = script
+
+    async def GetStatus(  # noqa: N802
+        self, request: query_service_pb2.GetStatusRequest, context: Any
+    ) -> query_service_pb2.GetStatusResponse:
+        await self._script.wait_or_fail(context)
+        return query_service_pb2.GetStatusResponse(
+            deployment_revision=3,
+            towers=[
+                query_service_pb2.TowerStatus(
+                    checkpoint_version=load.version,
+                    state=_TOWER_STATES[load.state],
+                    reason=load.reason,
+                    is_corrupt=load.is_corrupt,
+                    golden_difference=load.golden_difference,
+                )
+                for load in self._script.loads
+            ],
+        )
+
+
+@dataclass
+class ScriptedServices:
+    """Two shards and a query service."""
+
+    shards: Sequence[ScriptedReplica]
+    query_service: ScriptedReplica
+
+    def say(self, *loads: LoadStatus) -> None:
+        """All replicas say the same."""
+        for replica in (*self.shards, self.query_service):
+            replica.loads = loads
+
+    @property
+    def shard_addresses(self) -> list[str]:
+        return [shard.address for shard in self.shards]
+
+
+@asynccontextmanager
+async def serve_shard(replica: ScriptedReplica, address: str = "127.0.0.1:0") -> AsyncIterator[None]:
+    """Serves one shard; its address is filled in."""
+    server = grpc.aio.server()
+    index_service_pb2_grpc.add_IndexServiceServicer_to_server(_Shard(replica), server)
+    replica.address = f"127.0.0.1:{server.add_insecure_port(address)}"
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def serve_query_service(replica: ScriptedReplica, address: str = "127.0.0.1:0") -> AsyncIterator[None]:
+    """Serves one query service; its address is filled in."""
+    server = grpc.aio.server()
+    query_service_pb2_grpc.add_QueryServiceServicer_to_server(_QueryService(replica), server)
+    replica.address = f"127.0.0.1:{server.add_insecure_port(address)}"
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def scripted_services() -> AsyncIterator[ScriptedServices]:
+    """Serves two shards and a query service on free ports."""
+    services = ScriptedServices([ScriptedReplica(shard=0), ScriptedReplica(shard=1)], ScriptedReplica())
+    async with AsyncExitStack() as stack:
+        for shard in services.shards:
+            await stack.enter_async_context(serve_shard(shard))
+        await stack.enter_async_context(serve_query_service(services.query_service))
+        yield services
