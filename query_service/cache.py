@@ -1,0 +1,187 @@
+"""Recent query embeddings in Redis. Every failure is a miss.
+
+Deliberately does not know how an embedding is made. Holds nothing that cannot be lost.
+"""
+
+import asyncio
+import logging
+import random
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import redis.asyncio
+import xxhash
+from numpy.typing import NDArray
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from query_service.digest import DIGEST_BYTES
+
+_HEADER = struct.Struct("<Q")
+_CHECKSUM_BYTES = 8
+_LARGEST_JITTER = 0.1
+_NUM_CONNECTIONS = 32
+_MOST_WRITES = 64
+"""More writes than these are dropped: they are made again at the next miss."""
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class EmbeddingCache:
+    """Embeddings by version and digest.
+
+    1. A value is used only if it is exactly what was stored for this version and digest.
+    2. A lookup takes no longer than the timeout; after a failure lookups are skipped until Redis answers again.
+    3. Writes happen in the background.
+    """
+
+    def __init__(self, url: str, ttl_s: float, timeout_s: float) -> None:
+        """Connects at the first use.
+
+        Args:
+            url: `redis://…`, `rediss://…` or `unix://…`; empty: nothing is ever found or stored.
+            ttl_s: Lifetime of an embedding, give or take 10 %, so that those stored together do not expire together.
+            timeout_s: The longest that a lookup takes.
+        """
+        self.is_enabled = bool(url)
+        self.num_hits = 0
+        self.num_misses = 0
+        self.num_errors = 0
+        self._ttl_s = ttl_s
+        self._timeout_s = timeout_s
+        self._writes: set[asyncio.Task[None]] = set()
+        self._probing: asyncio.Task[None] | None = None
+        # Only to look at until the first command.
+        self._redis = redis.asyncio.Redis(
+            connection_pool=redis.asyncio.BlockingConnectionPool.from_url(
+                url or "redis://",
+                max_connections=_NUM_CONNECTIONS,
+                timeout=timeout_s,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                # The default tries again, for seconds.
+                retry=Retry(NoBackoff(), 0),
+                driver_info=None,
+            )
+        )
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the last call succeeded; True before the first."""
+        return self._probing is None
+
+    async def get(self, version: int, digests: Sequence[bytes], dim: int) -> list[NDArray[np.float32] | None]:
+        """Looks embeddings up.
+
+        Args:
+            version: The checkpoint version.
+            digests: B digests.
+            dim: D.
+
+        Returns:
+            B embeddings `[D]`; None for a miss.
+        """
+        found: list[NDArray[np.float32] | None] = [None] * len(digests)
+        if not self.is_enabled:
+            return found
+        if self.is_reachable:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    values = await self._redis.mget([_key(version, digest) for digest in digests])
+            except (RedisError, OSError, TimeoutError, ValueError) as error:
+                self._failed(error)
+            else:
+                for position, (value, digest) in enumerate(zip(values, digests, strict=True)):
+                    if value is not None:
+                        found[position] = _embedding_in(value, version, digest, dim)
+                        self.num_errors += found[position] is None
+        num_hits = sum(embedding is not None for embedding in found)
+        self.num_hits += num_hits
+        self.num_misses += len(found) - num_hits
+        return found
+
+    def put(self, version: int, digests: Sequence[bytes], embeddings: NDArray[np.float32]) -> None:
+        """Stores embeddings, later.
+
+        Args:
+            version: The checkpoint version.
+            digests: B digests.
+            embeddings: `[B, D]`
+        """
+        if not self.is_enabled or not self.is_reachable or len(self._writes) >= _MOST_WRITES:
+            return
+        values = {
+            _key(version, digest): _value(version, digest, embedding)
+            for digest, embedding in zip(digests, embeddings, strict=True)
+        }
+        writing = asyncio.create_task(self._write(values))
+        self._writes.add(writing)
+        writing.add_done_callback(self._writes.discard)
+
+    async def close(self) -> None:
+        """Drops the writes under way and disconnects."""
+        tasks = [*self._writes, *([self._probing] if self._probing else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._redis.aclose()
+        await self._redis.connection_pool.disconnect()
+
+    async def _write(self, values: dict[str, bytes]) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s), self._redis.pipeline(transaction=False) as pipeline:
+                for key, value in values.items():
+                    jitter = random.uniform(1 - _LARGEST_JITTER, 1 + _LARGEST_JITTER)  # noqa: S311
+                    pipeline.set(key, value, px=max(1, round(1000 * self._ttl_s * jitter)))
+                await pipeline.execute()
+        except (RedisError, OSError, TimeoutError, ValueError) as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self.num_errors += 1
+        # A refusal, for example of a write when memory is full, is an answer: lookups go on.
+        is_refusal = isinstance(error, redis.ResponseError) and not isinstance(error, redis.ConnectionError)
+        if self._probing is None and not is_refusal:
+            _log.warning("the embedding cache is skipped until it answers: %s", error or type(error).__name__)
+            self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Tries, off the path of requests, until Redis answers."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._redis.ping()
+            except (RedisError, OSError, TimeoutError, ValueError):
+                continue
+            _log.info("the embedding cache answers again")
+            self._probing = None
+            return
+
+
+def _key(version: int, digest: bytes) -> str:
+    return f"twotower:{version}:{digest.hex()}"
+
+
+def _value(version: int, digest: bytes, embedding: NDArray[np.float32]) -> bytes:
+    content = _HEADER.pack(version) + digest + embedding.astype("<f4", copy=False).tobytes()
+    return content + xxhash.xxh3_64_digest(content)
+
+
+def _embedding_in(value: Any, version: int, digest: bytes, dim: int) -> NDArray[np.float32] | None:
+    """The embedding of a value; None unless the value is whole and belongs to this version and digest."""
+    expected_size = _HEADER.size + DIGEST_BYTES + 4 * dim + _CHECKSUM_BYTES
+    if not isinstance(value, bytes) or len(value) != expected_size:
+        return None
+    content, checksum = value[:-_CHECKSUM_BYTES], value[-_CHECKSUM_BYTES:]
+    if not content.startswith(_HEADER.pack(version) + digest) or xxhash.xxh3_64_digest(content) != checksum:
+        return None
+    embedding = np.frombuffer(content, dtype="<f4", offset=_HEADER.size + DIGEST_BYTES)
+    return embedding if np.isfinite(embedding).all() else None

@@ -1,0 +1,127 @@
+"""Requests as they arrive: checked, and turned into raw features and encoded arrays.
+
+Deliberately does not know which version answers, nor what the arrays are for.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from retrieval.feature.v1 import feature_pb2
+from retrieval.query.v1 import query_service_pb2
+
+from query_service.versions import Pin
+from towers.errors import InvalidFeatureError, InvalidInputError
+from towers.features import Arrays, RawValue
+
+RawFeatures = Mapping[str, RawValue]
+"""Feature name to raw value."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for."""
+
+    max_k: int
+    max_batch_size: int
+    num_shards: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """What was asked, for B queries alike."""
+
+    queries: Sequence[RawFeatures]
+    k: int
+    excluded_item_ids: Sequence[str]
+    num_shards_needed: int
+    """At least 1."""
+    attribute_names: Sequence[str]
+
+
+def question_of(
+    request: query_service_pb2.RetrieveRequest | query_service_pb2.BatchRetrieveRequest,
+    queries: Sequence[query_service_pb2.Query],
+    limits: Limits,
+) -> Question:
+    """Checks a request.
+
+    Args:
+        request: The request; its queries aside, both kinds ask for the same.
+        queries: Its B queries.
+        limits: What it may ask for.
+
+    Raises:
+        InvalidInputError: a field is out of its range; the message names it.
+    """
+    raw_features = features_of(queries, limits)
+    if not 1 <= request.k <= limits.max_k:
+        raise InvalidInputError(f"k must be from 1 to {limits.max_k}, got {request.k}")
+    if not 0 <= request.min_shards <= limits.num_shards:
+        raise InvalidInputError(f"min_shards must be from 0 to {limits.num_shards}, got {request.min_shards}")
+    return Question(
+        queries=raw_features,
+        k=request.k,
+        excluded_item_ids=request.excluded_item_ids,
+        num_shards_needed=max(1, request.min_shards),
+        attribute_names=request.attribute_names,
+    )
+
+
+def features_of(queries: Sequence[query_service_pb2.Query], limits: Limits) -> list[RawFeatures]:
+    """Raw features of B queries.
+
+    Raises:
+        InvalidInputError: no query, or too many.
+    """
+    if not 1 <= len(queries) <= limits.max_batch_size:
+        raise InvalidInputError(f"queries must be from 1 to {limits.max_batch_size}, got {len(queries)}")
+    return [{name: _raw_value(value) for name, value in query.features.items()} for query in queries]
+
+
+def encode(queries: Sequence[RawFeatures], pin: Pin) -> Arrays:
+    """Encodes queries for the tower of one version.
+
+    A feature that only the other loaded version knows is left out, so that callers need not change at the moment of
+    a swap.
+
+    Args:
+        queries: Raw features of B queries.
+        pin: The version.
+
+    Returns:
+        Arrays of B rows.
+
+    Raises:
+        InvalidFeatureError: an unknown feature, a value of the wrong type or one that is not finite; the message names
+            the feature and, of several queries, the query.
+    """
+    if pin.tolerated_features:
+        queries = [
+            {name: value for name, value in query.items() if name not in pin.tolerated_features} for query in queries
+        ]
+    encoder = pin.tower.encoder
+    try:
+        return encoder.encode_rows(queries)
+    except InvalidFeatureError:
+        for position, query in enumerate(queries):
+            try:
+                encoder.encode_rows([query])
+            except InvalidFeatureError as error:
+                # Encoded alone, every query is row 0, which says nothing.
+                message = str(error).replace(" (row 0)", "", 1)
+                raise InvalidFeatureError(f"query {position}: {message}" if len(queries) > 1 else message) from error
+        raise
+
+
+def _raw_value(value: feature_pb2.FeatureValue) -> RawValue:
+    match value.WhichOneof("value"):
+        case "string_value":
+            return value.string_value
+        case "number_value":
+            return value.number_value
+        case "string_list":
+            return list(value.string_list.values)
+        case "number_list":
+            return list(value.number_list.values)
+        case None:
+            return None

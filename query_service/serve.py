@@ -1,0 +1,89 @@
+"""The query service's process: everything is made here, and ended in the reverse order.
+
+Deliberately does not know how a request is answered.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvloop
+from retrieval.query.v1 import query_service_pb2_grpc
+
+from query_service.cache import EmbeddingCache
+from query_service.embed import Embedder
+from query_service.fan_out import Shards
+from query_service.offload import Offload
+from query_service.parse import Limits
+from query_service.retrieve import Retriever
+from query_service.service import SERVICE_NAME, QueryService
+from query_service.settings import QuerySettings
+from query_service.versions import Versions
+from towers.rpc import RpcServer, until_stopped
+from towers.store import Store
+
+
+def run(settings: QuerySettings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains.
+
+    Raises:
+        InvalidInputError: the store cannot be opened, or the address cannot be bound.
+    """
+    uvloop.run(_serve_until_stopped(settings))
+
+
+@asynccontextmanager
+async def serving(settings: QuerySettings) -> AsyncIterator[int]:
+    """Serves while the block runs, then drains; yields the port.
+
+    The service is ready, in the health protocol's sense, once a query tower is loaded.
+
+    Raises:
+        InvalidInputError: the store cannot be opened, or the address cannot be bound.
+    """
+    versions = Versions(Store(settings.store), settings.poll_interval_s)
+    cache = EmbeddingCache(settings.redis_url, settings.cache_ttl_s, settings.cache_timeout_s)
+    offload = Offload()
+    shards = Shards(settings.shards)
+    limits = Limits(settings.max_k, settings.max_batch_size, len(settings.shards))
+    retriever = Retriever(versions, Embedder(cache, offload), shards, offload, limits)
+    server = RpcServer(
+        settings.address,
+        SERVICE_NAME,
+        drain_s=settings.drain_s,
+        grace_s=settings.grace_s,
+        reflect=settings.reflection,
+    )
+    query_service_pb2_grpc.add_QueryServiceServicer_to_server(
+        QueryService(retriever, versions, shards, cache, settings.default_timeout_s), server.grpc
+    )
+    background: list[asyncio.Task[None]] = []
+    try:
+        port = await server.start()
+        background += [
+            asyncio.create_task(versions.follow()),
+            asyncio.create_task(_ready_once_loaded(versions, server)),
+        ]
+        try:
+            yield port
+        finally:
+            await server.drain_and_stop()
+    finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        await shards.close()
+        await cache.close()
+        offload.close()
+
+
+async def _serve_until_stopped(settings: QuerySettings) -> None:
+    # First, so that a signal during the start drains too.
+    stopped = asyncio.create_task(until_stopped())
+    async with serving(settings):
+        await stopped
+
+
+async def _ready_once_loaded(versions: Versions, server: RpcServer) -> None:
+    await versions.ready.wait()
+    await server.set_ready(True)
