@@ -1,1 +1,45 @@
-"""The typed client of the query service. Needs only grpcio and the stubs."""
+"""The typed client of the query service: `RetrievalClient`, and `AsyncRetrievalClient` for asyncio.
+
+Needs only grpcio and the stubs. Deliberately knows nothing of towers, shards or caches.
+"""
+
+from retrieval_client.answers import (
+    AttributeValue,
+    CacheStatus,
+    Embeddings,
+    QueryFeature,
+    Retrieval,
+    RetrievedItem,
+    ServiceStatus,
+    ShardConnection,
+    TowerStatus,
+)
+from retrieval_client.client import RetrievalClient
+from retrieval_client.client_asyncio import AsyncRetrievalClient
+from retrieval_client.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    RetrievalError,
+    UnavailableError,
+)
+from retrieval_client.questions import Features, FeatureValue
+
+__all__ = [
+    "AsyncRetrievalClient",
+    "AttributeValue",
+    "CacheStatus",
+    "DeadlineExceededError",
+    "Embeddings",
+    "FeatureValue",
+    "Features",
+    "InvalidRequestError",
+    "QueryFeature",
+    "Retrieval",
+    "RetrievalClient",
+    "RetrievalError",
+    "RetrievedItem",
+    "ServiceStatus",
+    "ShardConnection",
+    "TowerStatus",
+    "UnavailableError",
+]

@@ -1,0 +1,179 @@
+"""What the service answers, as plain Python.
+
+Deliberately does not know how a call is made.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from retrieval.feature.v1 import feature_pb2
+from retrieval.query.v1 import query_service_pb2
+
+AttributeValue = str | float | tuple[str, ...] | tuple[float, ...] | None
+"""A catalogue value; None where the item has none."""
+
+_STATES: Mapping[int, Literal["loading", "available", "failed"]] = {
+    query_service_pb2.TOWER_STATE_LOADING: "loading",
+    query_service_pb2.TOWER_STATE_AVAILABLE: "available",
+    query_service_pb2.TOWER_STATE_FAILED: "failed",
+}
+
+
+@dataclass(frozen=True)
+class RetrievedItem:
+    """One item of an answer."""
+
+    item_id: str
+    score: float
+    """Inner product of the unit embeddings of query and item."""
+    attributes: Mapping[str, AttributeValue]
+    """The attributes asked for."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The best items of one query."""
+
+    items: tuple[RetrievedItem, ...]
+    """Best first."""
+    checkpoint_version: int
+    """The one checkpoint that made the embeddings of query and items."""
+    shards_answered: int
+    shards_total: int
+    degraded_reasons: tuple[str, ...]
+    """Why fewer shards answered than there are; empty for a full answer."""
+    embedding_cached: bool
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Unit embeddings of queries."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    """`[B, D]`, in the order of the queries."""
+    checkpoint_version: int
+
+
+@dataclass(frozen=True)
+class TowerStatus:
+    """One query tower of a replica."""
+
+    checkpoint_version: int
+    state: Literal["loading", "available", "failed", "unknown"]
+    reason: str
+    """Why it failed; empty otherwise."""
+    golden_difference: float
+    """Largest absolute difference to the golden embeddings of the checkpoint."""
+
+
+@dataclass(frozen=True)
+class ShardConnection:
+    """One shard as a replica sees it."""
+
+    shard: int
+    address: str
+    reachable: bool
+    """Whether the last call succeeded; True before the first."""
+
+
+@dataclass(frozen=True)
+class CacheStatus:
+    """The embedding cache as a replica sees it; counts are of embeddings since its start."""
+
+    enabled: bool
+    reachable: bool
+    hits: int
+    misses: int
+    errors: int
+
+
+@dataclass(frozen=True)
+class QueryFeature:
+    """A feature that a query may have."""
+
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """What one replica of the query service serves."""
+
+    deployment_revision: int
+    live_version: int | None
+    """The version that answers; None before the first is loaded."""
+    standby_version: int | None
+    towers: tuple[TowerStatus, ...]
+    shards: tuple[ShardConnection, ...]
+    cache: CacheStatus
+    features: tuple[QueryFeature, ...]
+    """Of the version that answers."""
+
+
+def retrieval_of(response: query_service_pb2.RetrieveResponse) -> Retrieval:
+    """Reads the answer to one query: columns become items."""
+    names = [column.name for column in response.attributes]
+    columns = [[_attribute_value(value) for value in column.values] for column in response.attributes]
+    rows: Sequence[tuple[AttributeValue, ...]] = (
+        list(zip(*columns, strict=True)) if columns else [()] * len(response.item_ids)
+    )
+    return Retrieval(
+        items=tuple(
+            RetrievedItem(item_id, score, dict(zip(names, row, strict=True)))
+            for item_id, score, row in zip(response.item_ids, response.scores, rows, strict=True)
+        ),
+        checkpoint_version=response.checkpoint_version,
+        shards_answered=response.shards_answered,
+        shards_total=response.shards_total,
+        degraded_reasons=tuple(response.degraded_reasons),
+        embedding_cached=response.embedding_cached,
+    )
+
+
+def retrievals_of(response: query_service_pb2.BatchRetrieveResponse) -> tuple[Retrieval, ...]:
+    """Reads the answers to many queries."""
+    return tuple(retrieval_of(result) for result in response.results)
+
+
+def embeddings_of(response: query_service_pb2.EmbedResponse) -> Embeddings:
+    """Reads embeddings."""
+    row = struct.Struct(f"<{response.dim}f")
+    return Embeddings(tuple(row.iter_unpack(response.embeddings)), response.checkpoint_version)
+
+
+def status_of(response: query_service_pb2.GetStatusResponse) -> ServiceStatus:
+    """Reads a status."""
+    cache = response.cache
+    return ServiceStatus(
+        deployment_revision=response.deployment_revision,
+        live_version=response.live_version or None,
+        standby_version=response.standby_version or None,
+        towers=tuple(
+            TowerStatus(
+                tower.checkpoint_version,
+                _STATES.get(tower.state, "unknown"),
+                tower.reason,
+                tower.golden_difference,
+            )
+            for tower in response.towers
+        ),
+        shards=tuple(ShardConnection(shard.shard, shard.address, shard.reachable) for shard in response.shards),
+        cache=CacheStatus(cache.enabled, cache.reachable, cache.hits, cache.misses, cache.errors),
+        features=tuple(QueryFeature(feature.name, feature.kind) for feature in response.features),
+    )
+
+
+def _attribute_value(value: feature_pb2.FeatureValue) -> AttributeValue:
+    match value.WhichOneof("value"):
+        case "string_value":
+            return value.string_value
+        case "number_value":
+            return value.number_value
+        case "string_list":
+            return tuple(value.string_list.values)
+        case "number_list":
+            return tuple(value.number_list.values)
+        case None:
+            return None

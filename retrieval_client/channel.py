@@ -1,0 +1,42 @@
+"""How the client connects.
+
+Deliberately does not know what is called.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from retrieval.query.v1 import query_service_pb2
+
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name}],
+            # All methods only read, so that a second attempt does no harm.
+            "retryPolicy": {
+                "maxAttempts": 2,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "0.1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    # A connection whose other end is gone is noticed within seconds, but only while calls wait on it: servers
+    # refuse pings that come without need.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    # The default backs off for up to two minutes: a restarted server would stay unseen for as long.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)

@@ -1,0 +1,127 @@
+"""The client for threads.
+
+Deliberately thin: requests are built in `questions`, responses read in `answers`.
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+import grpc
+from retrieval.query.v1 import query_service_pb2, query_service_pb2_grpc
+
+from retrieval_client.answers import (
+    Embeddings,
+    Retrieval,
+    ServiceStatus,
+    embeddings_of,
+    retrieval_of,
+    retrievals_of,
+    status_of,
+)
+from retrieval_client.channel import CHANNEL_OPTIONS
+from retrieval_client.errors import error_of
+from retrieval_client.questions import Features, batch_retrieve_request, embed_request, retrieve_request
+
+_Request = TypeVar("_Request", contravariant=True)
+_Response = TypeVar("_Response", covariant=True)
+
+
+class _Method(Protocol[_Request, _Response]):
+    def __call__(self, request: _Request, *, timeout: float | None) -> _Response: ...
+
+
+class RetrievalClient:
+    """Calls one query service. Safe to share between threads; close it, or use it in a `with` block.
+
+    A call that fails because the service cannot be reached is tried once more within its deadline.
+    """
+
+    def __init__(self, address: str, timeout_s: float = 2.0) -> None:
+        """Connects at the first call.
+
+        Args:
+            address: `host:port` or `unix:/path`.
+            timeout_s: Deadline of a call that has none of its own.
+        """
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = query_service_pb2_grpc.QueryServiceStub(self._channel)
+
+    def retrieve(
+        self,
+        features: Features,
+        k: int = 10,
+        *,
+        excluded_item_ids: Sequence[str] = (),
+        min_shards: int = 0,
+        attribute_names: Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> Retrieval:
+        """Finds the k best items for one query.
+
+        Args:
+            features: Raw features by name.
+            k: How many items, at least 1.
+            excluded_item_ids: Items that must not be returned.
+            min_shards: Fail with `UnavailableError` when fewer shards than this answer; 0 means 1.
+            attribute_names: Catalogue columns to return with each item.
+            timeout_s: Deadline of this call.
+
+        Raises:
+            InvalidRequestError: the request is wrong; the message names the field or the feature.
+            UnavailableError: the service cannot be reached or too few shards answered.
+            DeadlineExceededError: the answer was not there in time.
+            RetrievalError: any other status.
+            TypeError: a value that cannot be a feature; the message names it.
+            ValueError: a number that is not finite or too large to be sent exactly.
+        """
+        request = retrieve_request(features, k, excluded_item_ids, min_shards, attribute_names)
+        return retrieval_of(self._call(self._stub.Retrieve, request, timeout_s))
+
+    def batch_retrieve(
+        self,
+        queries: Sequence[Features],
+        k: int = 10,
+        *,
+        excluded_item_ids: Sequence[str] = (),
+        min_shards: int = 0,
+        attribute_names: Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> tuple[Retrieval, ...]:
+        """Finds the k best items for each of many queries in one call, all at one checkpoint version.
+
+        Arguments and errors as of `retrieve`; the items excluded are the same for all queries.
+        """
+        request = batch_retrieve_request(queries, k, excluded_item_ids, min_shards, attribute_names)
+        return retrievals_of(self._call(self._stub.BatchRetrieve, request, timeout_s))
+
+    def embed(self, queries: Sequence[Features], *, timeout_s: float | None = None) -> Embeddings:
+        """Returns the embeddings of queries. Errors as of `retrieve`."""
+        return embeddings_of(self._call(self._stub.Embed, embed_request(queries), timeout_s))
+
+    def get_status(self, *, timeout_s: float | None = None) -> ServiceStatus:
+        """Returns what this replica serves.
+
+        Raises:
+            RetrievalError: the service did not answer.
+        """
+        return status_of(self._call(self._stub.GetStatus, query_service_pb2.GetStatusRequest(), timeout_s))
+
+    def close(self) -> None:
+        """Disconnects."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: _Method[_Request, _Response], request: _Request, timeout_s: float | None) -> _Response:
+        try:
+            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        except grpc.RpcError as error:
+            raise error_of(error.code(), error.details()) from error

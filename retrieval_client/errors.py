@@ -1,0 +1,48 @@
+"""What a call can fail with.
+
+Deliberately hides gRPC: callers need not import it.
+"""
+
+import grpc
+
+
+class RetrievalError(Exception):
+    """A call that the query service, or the way to it, did not answer."""
+
+    def __init__(self, code: str, message: str) -> None:
+        """Keeps both apart.
+
+        Args:
+            code: Name of the gRPC status, for example `"UNAVAILABLE"`.
+            message: What is wrong, in words.
+        """
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+    def __reduce__(self) -> tuple[type["RetrievalError"], tuple[str, str]]:
+        return type(self), (self.code, self.message)
+
+
+class InvalidRequestError(RetrievalError):
+    """The request is wrong; the message names the field or the feature. Trying again does not help."""
+
+
+class UnavailableError(RetrievalError):
+    """The service cannot be reached, has no version loaded, or too few shards answered. Try again later."""
+
+
+class DeadlineExceededError(RetrievalError):
+    """The answer was not there in time."""
+
+
+_CLASSES: dict[grpc.StatusCode, type[RetrievalError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+}
+
+
+def error_of(code: grpc.StatusCode, details: str | None) -> RetrievalError:
+    """The error for a status."""
+    return _CLASSES.get(code, RetrievalError)(code.name, details or "")
