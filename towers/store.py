@@ -18,6 +18,9 @@ from towers.errors import ConflictError, InvalidInputError, NotFoundError, Store
 
 _REMOTE_SCHEMES: Mapping[str, str] = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 """Scheme to the prefix of its provider's environment variables."""
+_CONNECT_TIMEOUT = "5s"
+_TIMEOUT = "60s"
+_MAX_RETRIES = 3
 
 
 class Store:
@@ -36,23 +39,33 @@ class Store:
         Raises:
             InvalidInputError: the URL has another scheme, or the folder cannot be made.
         """
+        self.storage_options: dict[str, str]
+        """The same limits as text, for libraries that open a table below `url` themselves."""
         scheme, separator, _ = url.partition("://")
         if separator and scheme != "file":
             if scheme not in _REMOTE_SCHEMES:
                 raise InvalidInputError(f"store {url!r}: use a folder or one of s3://, gs://, az://")
             self.url = url.rstrip("/")
             with _translated(url):
+                # Given client options, obstore no longer reads this one from the environment.
+                allow_http = _is_true(os.environ.get(f"{_REMOTE_SCHEMES[scheme]}_ALLOW_HTTP", ""))
                 self._objects: ObjectStore = from_url(
                     self.url,
-                    # Given client options, obstore no longer reads this one from the environment.
                     client_options={
-                        "connect_timeout": "5s",
-                        "timeout": "60s",
-                        "allow_http": _is_true(os.environ.get(f"{_REMOTE_SCHEMES[scheme]}_ALLOW_HTTP", "")),
+                        "connect_timeout": _CONNECT_TIMEOUT,
+                        "timeout": _TIMEOUT,
+                        "allow_http": allow_http,
                     },
-                    retry_config={"max_retries": 3},
+                    retry_config={"max_retries": _MAX_RETRIES},
                 )
+            self.storage_options = {
+                "connect_timeout": _CONNECT_TIMEOUT,
+                "timeout": _TIMEOUT,
+                "allow_http": str(allow_http).lower(),
+                "max_retries": str(_MAX_RETRIES),
+            }
             return
+        self.storage_options = {}
         folder = Path(url.removeprefix("file://")).absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,634 @@
+"""The catalogue: all items with their attributes, as two Delta Lake tables below `catalog/`.
+
+Deliberately does not know schemas, towers or indexes: an attribute is a column.
+
+`changes` is an append-only log: one commit per call of `upsert` or `delete`; its columns are `_op`, `_row` (the order
+within the commit), `item_id` and the attributes. `items` is a snapshot. The catalogue is the snapshot plus the changes
+after it, last one wins, so no crash between two commits can make it wrong, and writers that append at once need no
+common counter: the order between commits is Delta's own commit number.
+
+Spark or any lakehouse tool may write either table: rewrite `items` at will, append to `changes`.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+
+from towers.errors import (
+    ConflictError,
+    CorruptArtefactError,
+    InvalidInputError,
+    NotFoundError,
+    StoreUnavailableError,
+    TwoTowerError,
+)
+from towers.features import stable_hash
+from towers.store import Store
+
+ITEM_ID = "item_id"
+MAX_ITEM_ID_BYTES = 1024
+
+_FOLDER = "catalog"
+_OP = "_op"
+_ROW = "_row"
+_UPSERT = "upsert"
+_DELETE = "delete"
+_COMMIT = "_commit"
+_FORBIDDEN_IN_NAMES = re.compile(r"[ ,;{}()\n\t=]")
+"""What Delta Lake does not allow in the name of a column."""
+
+_FEED = {"delta.enableChangeDataFeed": "true", "delta.enableExpiredLogCleanup": "false"}
+"""The log is what names and orders states, so it is kept whole."""
+_APPEND_ONLY = {**_FEED, "delta.appendOnly": "true"}
+_FOLDED = "twotower.folded_changes"
+"""Delta application id whose version, in `items`, counts the commits of `changes` that the snapshot contains."""
+_COMPACTED_EDIT = "twotower.compacted_edit"
+"""In the commit info of a compaction: the edit that it leaves untouched."""
+
+_WRITE_ATTEMPTS = 10
+_PARALLEL_READS = 8
+
+
+@dataclass(frozen=True)
+class UpsertReport:
+    """What an upsert did."""
+
+    num_rows: int
+    num_items: int
+    num_duplicates: int
+    """Rows whose id came again further down in the same call; the last one won."""
+    catalogue_version: str
+
+
+@dataclass(frozen=True)
+class CatalogueSnapshot:
+    """One state of the catalogue."""
+
+    version: str
+    items: pa.Table
+    """`item_id` (string, unique, rising) and the attributes; a missing attribute is null."""
+
+
+class Catalogue:
+    """The catalogue of one object store. All methods block and may raise `StoreUnavailableError`.
+
+    A version is `<edits of items>.<edits of changes>`: for each table the number (from 1) of the last commit that
+    changed its data, 0 before the first. Compaction and Delta's maintenance change no data, so no version.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._items = _Log(store, "items", _FEED)
+        self._changes = _Log(store, "changes", _APPEND_ONLY)
+
+    def upsert(self, items: pa.Table) -> UpsertReport:
+        """Adds items, or replaces them with all their attributes, in one atomic commit.
+
+        Args:
+            items: One row per item: the column `item_id` (string or integer) and any attributes. Of rows with the same
+                id the last one wins. Integers are stored as int64, timestamps without a time zone are taken as UTC.
+
+        Raises:
+            InvalidInputError: no rows, no ids, an id that is null, empty, too long or contains NUL; a column whose name
+                is reserved or whose type differs from the catalogue's. The message names the column.
+            ConflictError: too many writers at once; nothing was written.
+        """
+        ids = _checked_ids(items)
+        _check_names([name for name in items.column_names if name != ITEM_ID])
+        last_rows = _last_rows(ids)
+        ids = ids.take(last_rows)
+        attributes = items.drop_columns([ITEM_ID]).take(last_rows)
+        version = self._append(_UPSERT, ids, attributes)
+        return UpsertReport(items.num_rows, len(ids), items.num_rows - len(ids), version)
+
+    def delete(self, item_ids: Sequence[str]) -> int:
+        """Deletes items, in one atomic commit; ids that the catalogue does not hold are allowed.
+
+        Returns:
+            Number of different ids.
+
+        Raises:
+            InvalidInputError: an id that is null, empty, too long or contains NUL.
+            NotFoundError: nothing was ever loaded.
+            ConflictError: too many writers at once; nothing was written.
+        """
+        if not item_ids:
+            return 0
+        ids = _checked_ids(pa.table({ITEM_ID: pa.array(dict.fromkeys(item_ids), pa.string())}))
+        if self.version() is None:
+            raise _nothing_loaded()
+        self._append(_DELETE, ids, pa.table({ITEM_ID: ids}).drop_columns([ITEM_ID]))
+        return len(ids)
+
+    def version(self) -> str | None:
+        """The version now, None before the first load. The same string means the same state.
+
+        Cheap: two small reads when nothing changed.
+        """
+        # Items first: a compaction in between moves changes into items and alters neither number.
+        state = (self._items.last_edit(), self._changes.last_edit())
+        return None if state == (0, 0) else _named(state)
+
+    def read(self, version: str | None = None) -> CatalogueSnapshot:
+        """Reads exactly one state.
+
+        Args:
+            version: The version; the one now when left out.
+
+        Raises:
+            NotFoundError: there is no such version, or its files were removed.
+            CorruptArtefactError: a table that cannot be read, or that another tool changed in a way that the
+                catalogue does not allow.
+        """
+        version = version if version is not None else self.version()
+        if version is None:
+            raise _nothing_loaded()
+        items_edit, changes_edit = self._parsed(version)
+        base, num_folded = self._base(version, items_edit, changes_edit)
+        parts = [] if base is None else [_as_layer(base)]
+        parts += self._changes.appended(num_folded, changes_edit)
+        return CatalogueSnapshot(version, _merged(parts))
+
+    def compact(self) -> None:
+        """Folds the changes into `items`, so that reads stay fast. The state, and so the version, stays.
+
+        Raises:
+            NotFoundError: nothing was ever loaded.
+            ConflictError: somebody else wrote `items` meanwhile; nothing was written.
+        """
+        # What the commit below replaces; opened first, so that a write in between is a conflict.
+        table = self._items.open()
+        snapshot = self.read()
+        items_edit, changes_edit = self._parsed(snapshot.version)
+        if table is not None:
+            is_stale = self._items.edit_at(table.version() + 1) != items_edit
+            if is_stale:
+                raise ConflictError("the catalogue's items changed while they were compacted; try again")
+            if table.transaction_version(_FOLDED) == changes_edit:
+                return
+        if table is None and changes_edit == 0:
+            return
+        self._items.write(
+            table,
+            snapshot.items,
+            mode="overwrite",
+            schema_mode="overwrite",
+            properties=CommitProperties(
+                custom_metadata={_COMPACTED_EDIT: str(items_edit)},
+                app_transactions=[Transaction(_FOLDED, changes_edit)],
+                max_commit_retries=0,
+            ),
+        )
+
+    def _append(self, op: str, ids: pa.Array, attributes: pa.Table) -> str:
+        for _ in range(_WRITE_ATTEMPTS):
+            changes = self._changes.open()
+            existing = _attribute_types(self._items.open(), changes)
+            columns = {
+                _OP: pa.array([op] * len(ids), pa.string()),
+                _ROW: pa.array(range(len(ids)), pa.int64()),
+                ITEM_ID: ids,
+                **_conformed(attributes, existing),
+            }
+            try:
+                number = self._changes.write(changes, pa.table(columns), mode="append", schema_mode="merge")
+            except ConflictError:
+                continue  # Another writer created the table or added a column: look again.
+            return _named((self._items.last_edit(), number))
+        raise ConflictError("too many writers change the catalogue at once; try again")
+
+    def _parsed(self, version: str) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,18})\.(\d{1,18})", version)
+        if match is None:
+            raise _no_version(version)
+        items_edit, changes_edit = int(match.group(1)), int(match.group(2))
+        is_known = (
+            (items_edit, changes_edit) != (0, 0)
+            and items_edit <= self._items.last_edit()
+            and changes_edit <= self._changes.last_edit()
+            and self._changes.edit_at(changes_edit) == changes_edit
+        )
+        if not is_known:
+            raise _no_version(version)
+        return items_edit, changes_edit
+
+    def _base(self, version: str, items_edit: int, changes_edit: int) -> tuple[pa.Table | None, int]:
+        """The newest snapshot that a state can be built from, and how many commits of `changes` it contains."""
+        number = self._items.num_commits()
+        while number > 0:
+            edit = self._items.edit_at(number)
+            if edit < items_edit:
+                break
+            if edit > items_edit:
+                number = edit - 1
+                continue
+            table = self._items.open(number)
+            assert table is not None
+            with _translated(f"catalogue version {version}"):
+                num_folded = table.transaction_version(_FOLDED) or 0
+                if num_folded <= changes_edit:
+                    return pa.table(table.scan()), num_folded
+            number -= 1
+        if items_edit != 0:
+            raise _no_version(version)
+        return None, 0
+
+
+def shard_of(item_id: str, num_shards: int) -> int:
+    """The shard that an item belongs to: xxh3_64 of its id, modulo the number of shards."""
+    return stable_hash(item_id) % num_shards
+
+
+def partition(items: pa.Table, shard: int, num_shards: int) -> pa.Table:
+    """The rows of one shard, in their order.
+
+    Raises:
+        InvalidInputError: the shard is not one of `num_shards`.
+    """
+    if not 0 <= shard < num_shards:
+        raise InvalidInputError(f"shard {shard}/{num_shards}: shards are numbered from 0 to {num_shards - 1}")
+    mask = [shard_of(item_id, num_shards) == shard for item_id in items[ITEM_ID].to_pylist()]
+    return items.filter(pa.array(mask, pa.bool_()))
+
+
+class _Log:
+    """The commits of one Delta table, numbered from 1: commit number n has the Delta version n - 1.
+
+    Commits and appended files are read through `Store`: `DeltaTable.history` and `load_cdf` hold the interpreter lock
+    while they wait for the store, which would stop a serving process.
+    """
+
+    def __init__(self, store: Store, name: str, configuration: Mapping[str, str]) -> None:
+        self._store = store
+        self._configuration = configuration
+        self._path = f"{_FOLDER}/{name}"
+        self._url = f"{store.url}/{self._path}"
+        self._lock = threading.Lock()
+        self._num_commits = 0
+        self._last_edit = 0
+
+    def open(self, number: int | None = None) -> DeltaTable | None:
+        """The table after a commit, the last one when left out; None when there is no table."""
+        version = None if number is None else number - 1
+        with _translated(self._path):
+            try:
+                return DeltaTable(self._url, version=version, storage_options=self._store.storage_options)
+            except TableNotFoundError:
+                return None
+
+    def write(
+        self,
+        table: DeltaTable | None,
+        rows: pa.Table,
+        *,
+        mode: Literal["append", "overwrite"],
+        schema_mode: Literal["merge", "overwrite"],
+        properties: CommitProperties | None = None,
+    ) -> int:
+        """Commits rows to a table that `open` gave, creating it where there was none; returns the commit's number.
+
+        Raises:
+            ConflictError: somebody else created or changed the table; nothing was written.
+        """
+        with _translated(self._path):
+            if table is not None:
+                write_deltalake(table, rows, mode=mode, schema_mode=schema_mode, commit_properties=properties)
+                return table.version() + 1
+            try:
+                write_deltalake(
+                    self._url,
+                    rows,
+                    mode="error",
+                    configuration=self._configuration,
+                    storage_options=self._store.storage_options,
+                    commit_properties=properties,
+                )
+            except DeltaError as error:
+                if "already exists" in str(error):
+                    raise ConflictError(f"{self._path} was created by somebody else") from error
+                raise
+            return 1
+
+    def num_commits(self) -> int:
+        """Number of commits now."""
+        self.last_edit()
+        return self._num_commits
+
+    def last_edit(self) -> int:
+        """Number of the last commit that changed data; 0 when there is none."""
+        with self._lock:
+            if self._num_commits == 0:
+                table = self.open()
+                if table is None:
+                    return 0
+                number = table.version() + 1
+                self._last_edit = self.edit_at(number)
+                self._num_commits = number
+            while (actions := self._actions(self._num_commits + 1)) is not None:
+                edit = _edit(actions, self._num_commits + 1)
+                self._last_edit = self._last_edit if edit is None else edit
+                self._num_commits += 1
+            return self._last_edit
+
+    def edit_at(self, number: int) -> int:
+        """Number of the last commit up to `number` that changed data; 0 when there is none."""
+        for candidate in range(number, 0, -1):
+            actions = self._actions(candidate)
+            if actions is None:
+                return candidate  # Removed by a tool that cleans logs: all before it counts as one edit.
+            edit = _edit(actions, candidate)
+            if edit is not None:
+                return edit
+        return 0
+
+    def appended(self, after: int, last: int) -> list[pa.Table]:
+        """The rows that each commit after one appended, up to the last, with the column `_commit`."""
+        with ThreadPoolExecutor(_PARALLEL_READS) as readers:
+            return [rows for commit in readers.map(self._appended, range(after + 1, last + 1)) for rows in commit]
+
+    def _appended(self, number: int) -> list[pa.Table]:
+        actions = self._actions(number)
+        if actions is None:
+            raise CorruptArtefactError(
+                f"{self._path}: commit {number - 1} was removed before a compaction had folded it; "
+                "restore it, or load the catalogue again"
+            )
+        tables = []
+        for action in actions:
+            if action.get("remove", {}).get("dataChange"):
+                raise CorruptArtefactError(f"{self._path}: commit {number - 1} removes rows; the log is append-only")
+            added = action.get("add", {})
+            if added.get("dataChange"):
+                rows = self._rows(unquote(added["path"]))
+                tables.append(rows.append_column(_COMMIT, pa.array([number] * len(rows), pa.int64())))
+        return tables
+
+    def _rows(self, file: str) -> pa.Table:
+        try:
+            content = self._store.get(f"{self._path}/{file}")
+            return pq.read_table(pa.BufferReader(content))
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{self._path}/{file} was removed before a compaction had folded it; "
+                "restore it, or load the catalogue again"
+            ) from error
+        except pa.ArrowException as error:
+            raise CorruptArtefactError(f"{self._path}/{file} cannot be read: {error}") from error
+
+    def _actions(self, number: int) -> list[dict[str, Any]] | None:
+        path = f"{self._path}/_delta_log/{number - 1:020}.json"
+        try:
+            content = self._store.get(path)
+        except NotFoundError:
+            return None
+        try:
+            return [json.loads(line) for line in content.splitlines() if line.strip()]
+        except ValueError as error:
+            raise CorruptArtefactError(f"{path} is not a Delta commit: {error}") from error
+
+
+def _edit(actions: Sequence[dict[str, Any]], number: int) -> int | None:
+    """The edit that a commit leaves the table at; None when it changes no data."""
+    for action in actions:
+        compacted_edit = action.get("commitInfo", {}).get(_COMPACTED_EDIT)
+        if compacted_edit is not None:
+            return int(compacted_edit)
+    changes_data = any(action.get(kind, {}).get("dataChange") for action in actions for kind in ("add", "remove"))
+    return number if changes_data else None
+
+
+def _named(state: tuple[int, int]) -> str:
+    return f"{state[0]}.{state[1]}"
+
+
+def _no_version(version: str) -> NotFoundError:
+    return NotFoundError(f"the catalogue has no version {version!r}")
+
+
+def _nothing_loaded() -> NotFoundError:
+    return NotFoundError("the catalogue is empty; load items first: twotower catalog load ITEMS.parquet")
+
+
+def _checked_ids(items: pa.Table) -> pa.Array:
+    """The ids as strings `[N]`."""
+    if items.num_rows == 0:
+        raise InvalidInputError("the items have no rows; give at least one")
+    if items.column_names.count(ITEM_ID) != 1:
+        raise InvalidInputError(
+            f"the items need exactly one column {ITEM_ID!r}; the columns are {sorted(items.column_names)}"
+        )
+    try:
+        items.validate(full=True)
+    except pa.ArrowException as error:
+        raise InvalidInputError(f"the items are not a valid table: {error}") from error
+    column = items[ITEM_ID].combine_chunks()
+    type_ = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_integer(type_) or _is_string(type_)):
+        raise InvalidInputError(f"column {ITEM_ID!r}: expected strings or integers, got {type_}")
+    ids = column.cast(type_).cast(pa.string())
+    for reason, is_wrong in (
+        ("is null", ids.is_null()),
+        ("is empty", pc.equal(ids, "")),
+        ("contains a NUL character", pc.match_substring(ids, "\0")),
+        (f"is longer than {MAX_ITEM_ID_BYTES} bytes", pc.greater(pc.binary_length(ids), MAX_ITEM_ID_BYTES)),
+    ):
+        row = pc.index(is_wrong, True).as_py()
+        if row >= 0:
+            raise InvalidInputError(f"column {ITEM_ID!r}, row {row}: the id {reason}")
+    return ids
+
+
+def _check_names(names: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if not name or name.startswith("_"):
+            raise InvalidInputError(f"column {name!r}: names that start with '_' are reserved; rename it")
+        if _FORBIDDEN_IN_NAMES.search(name):
+            raise InvalidInputError(f"column {name!r}: a name has no space and none of ,;{{}}()=; rename it")
+        if name.lower() in seen or name.lower() == ITEM_ID:
+            raise InvalidInputError(f"column {name!r}: another column has this name (case aside); rename one")
+        seen.add(name.lower())
+
+
+def _last_rows(ids: pa.Array) -> pa.Array:
+    """Position of the last row of each id, rising."""
+    rows = pa.table({ITEM_ID: ids, _ROW: pa.array(range(len(ids)), pa.int64())})
+    last = rows.group_by(ITEM_ID).aggregate([(_ROW, "max")])[f"{_ROW}_max"].combine_chunks()
+    return last.sort()
+
+
+def _attribute_types(*tables: DeltaTable | None) -> dict[str, pa.DataType]:
+    types: dict[str, pa.DataType] = {}
+    for table in tables:
+        for field in pa.schema(table.schema().to_arrow()) if table is not None else ():
+            if field.name not in (ITEM_ID, _OP, _ROW):
+                types.setdefault(field.name, _stored_type(field.type) or field.type)
+    return types
+
+
+def _conformed(attributes: pa.Table, existing: dict[str, pa.DataType]) -> dict[str, pa.Array]:
+    """Columns in the types of the catalogue; new columns in those that Delta Lake has."""
+    spelled = {name.lower(): name for name in existing}
+    columns: dict[str, pa.Array] = {}
+    for name, column in zip(attributes.column_names, attributes.columns, strict=True):
+        if spelled.get(name.lower(), name) != name:
+            raise InvalidInputError(
+                f"column {name!r}: the catalogue spells it {spelled[name.lower()]!r}; use the same name"
+            )
+        target = existing.get(name)
+        type_ = _stored_type(column.type)
+        if target is None:
+            if type_ is None:
+                raise InvalidInputError(
+                    f"column {name!r}: type {column.type} cannot be stored; convert it to a string or a number"
+                )
+            if _is_untyped(type_):
+                continue  # Only nulls: says nothing, not even its type.
+            target = type_
+        elif type_ is None or not _is_castable(type_, target):
+            raise _type_conflict(name, column.type, target)
+        try:
+            columns[name] = column.cast(options=pc.CastOptions(target, allow_time_truncate=True)).combine_chunks()
+        except pa.ArrowException as error:
+            raise _type_conflict(name, column.type, target) from error
+    return columns
+
+
+def _type_conflict(name: str, given: pa.DataType, existing: pa.DataType) -> InvalidInputError:
+    return InvalidInputError(
+        f"column {name!r}: its type is {given}, in the catalogue it is {existing}; convert the column"
+    )
+
+
+def _is_castable(given: pa.DataType, target: pa.DataType) -> bool:
+    """Whether values may be cast: the same type, nulls, or numbers (the cast itself checks that nothing is lost)."""
+    if given == target or pa.types.is_null(given):
+        return True
+    if pa.types.is_list(given) and pa.types.is_list(target):
+        return _is_castable(given.value_type, target.value_type)
+    is_number = pa.types.is_integer(given) or pa.types.is_floating(given)
+    return bool(is_number and target in (pa.int64(), pa.float64()))
+
+
+def _is_string(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
+    return any(is_kind(type_) for is_kind in kinds) or bool(pa.types.is_large_list_view(type_))
+
+
+def _is_untyped(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_null(type_) or (pa.types.is_list(type_) and _is_untyped(type_.value_type)))
+
+
+def _stored_type(type_: pa.DataType) -> pa.DataType | None:
+    """The type that stands for a column's in the catalogue; None for one that is not stored.
+
+    Integers are int64, so that a file with narrower ones is no conflict; decimals are numbers like others; a timestamp
+    without a time zone is UTC.
+    """
+    if pa.types.is_dictionary(type_):
+        return _stored_type(type_.value_type)
+    if _is_list(type_):
+        value_type = _stored_type(type_.value_type)
+        return None if value_type is None else pa.list_(value_type)
+    if _is_string(type_):
+        return pa.string()
+    if pa.types.is_integer(type_):
+        return pa.int64()
+    if pa.types.is_float16(type_) or pa.types.is_float32(type_):
+        return pa.float32()
+    if pa.types.is_float64(type_) or pa.types.is_decimal(type_):
+        return pa.float64()
+    if pa.types.is_timestamp(type_):
+        return pa.timestamp("us", "UTC")
+    if pa.types.is_date(type_):
+        return pa.date32()
+    if pa.types.is_boolean(type_) or pa.types.is_null(type_):
+        return type_
+    return None
+
+
+def _as_layer(base: pa.Table) -> pa.Table:
+    """A snapshot as changes that came before all others."""
+    reserved = {_OP, _ROW, _COMMIT} & set(base.column_names)
+    if reserved:
+        raise CorruptArtefactError(
+            f"{_FOLDER}/items: names that start with '_' are reserved; rename {sorted(reserved)}"
+        )
+    return (
+        base.append_column(_OP, pa.array([_UPSERT] * len(base), pa.string()))
+        .append_column(_ROW, pa.array(range(len(base)), pa.int64()))
+        .append_column(_COMMIT, pa.array([0] * len(base), pa.int64()))
+    )
+
+
+def _merged(parts: Sequence[pa.Table]) -> pa.Table:
+    """The last state of each item that is not deleted, by id."""
+    changes = _united(parts)
+    if changes[ITEM_ID].null_count:
+        raise CorruptArtefactError(f"the catalogue has {changes[ITEM_ID].null_count} rows without {ITEM_ID}")
+    unknown = pc.invert(pc.is_in(changes[_OP], pa.array([_UPSERT, _DELETE])))
+    if pc.any(unknown).as_py():
+        raise CorruptArtefactError(f"{_FOLDER}/changes: {_OP} must be {_UPSERT!r} or {_DELETE!r} in every row")
+    changes = changes.sort_by([(_COMMIT, "ascending"), (_ROW, "ascending")])
+    changes = changes.take(_last_rows(changes[ITEM_ID]))
+    items = changes.filter(pc.equal(changes[_OP], _UPSERT)).sort_by(ITEM_ID).combine_chunks()
+    attributes = [name for name in items.column_names if name not in (ITEM_ID, _OP, _ROW, _COMMIT)]
+    return items.select([ITEM_ID, *attributes])
+
+
+def _united(parts: Sequence[pa.Table]) -> pa.Table:
+    """All rows, with all columns in one type each."""
+    types: dict[str, pa.DataType] = {ITEM_ID: pa.string(), _OP: pa.string(), _ROW: pa.int64(), _COMMIT: pa.int64()}
+    united = []
+    for part in parts:
+        columns = {}
+        for name, column in zip(part.column_names, part.columns, strict=True):
+            type_ = types.setdefault(name, _stored_type(column.type) or column.type)
+            try:
+                columns[name] = column.cast(type_)
+            except pa.ArrowException as error:
+                raise CorruptArtefactError(
+                    f"the catalogue's column {name!r} is {type_} in one table and {column.type} in the other"
+                ) from error
+        united.append(pa.table(columns))
+    changes = pa.concat_tables(united, promote_options="default")
+    missing = {ITEM_ID, _OP} - set(changes.column_names)
+    if missing:
+        raise CorruptArtefactError(f"the catalogue's tables have no column {min(missing)!r}")
+    if _ROW not in changes.column_names:
+        changes = changes.append_column(_ROW, pa.nulls(len(changes), pa.int64()))
+    return changes
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Turns deltalake's errors into ours."""
+    try:
+        yield
+    except TwoTowerError:
+        raise
+    except CommitFailedError as error:
+        raise ConflictError(f"{what} was changed by somebody else: {error}") from error
+    except Exception as error:  # Where a store fails below the surface, deltalake raises Exception itself.
+        first_line = str(error).partition("\n")[0]
+        if "not found" in str(error):
+            raise NotFoundError(f"{what}: a file is gone: {first_line}") from error
+        if isinstance(error, DeltaError):
+            raise CorruptArtefactError(f"{what}: {first_line}") from error
+        raise StoreUnavailableError(f"{what}: {first_line}") from error
