@@ -89,7 +89,13 @@ class Catalogue:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        """Opens the catalogue; nothing is read yet.
+
+        Raises:
+            InvalidInputError: the store is a folder whose path Delta Lake cannot open.
+        """
+        if re.search("%[0-9A-Fa-f]{2}", store.url):
+            raise InvalidInputError(f"store {store.url!r}: Delta Lake reads the % as an escape; rename the folder")
         self._items = _Log(store, "items", _FEED)
         self._changes = _Log(store, "changes", _APPEND_ONLY)
 
@@ -313,7 +319,8 @@ class _Log:
                     mode="error",
                     configuration=self._configuration,
                     storage_options=self._store.storage_options,
-                    commit_properties=properties,
+                    # A retry would let two creators both succeed, the second with its schema in place of the first's.
+                    commit_properties=properties or CommitProperties(max_commit_retries=0),
                 )
             except DeltaError as error:
                 if "already exists" in str(error):

@@ -1,0 +1,604 @@
+import datetime
+import decimal
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import xxhash
+from child_process import tied_python
+from deltalake import DeltaTable, write_deltalake
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_checkpoint import toy_items
+
+from towers.catalogue import Catalogue, partition, shard_of
+from towers.errors import (
+    ConflictError,
+    CorruptArtefactError,
+    InvalidInputError,
+    NotFoundError,
+    StoreUnavailableError,
+)
+from towers.store import Store
+
+
+def _rows(catalogue: Catalogue, version: str | None = None) -> dict[str, dict[str, object]]:
+    """Item id to its attributes that are not null."""
+    rows = catalogue.read(version).items.to_pylist()
+    return {row.pop("item_id"): {name: value for name, value in row.items() if value is not None} for row in rows}
+
+
+def test_load_update_delete_compact(store_url: str) -> None:
+    catalogue = Catalogue(Store(store_url))
+    assert catalogue.version() is None
+    report = catalogue.upsert(toy_items(50))
+    assert (report.num_rows, report.num_items, report.num_duplicates) == (50, 50, 0)
+    assert report.catalogue_version == catalogue.version()
+    first = catalogue.read()
+    assert first.version == report.catalogue_version
+    assert first.items["item_id"].to_pylist() == sorted(str(number) for number in range(1, 51))
+    expected = {row["item_id"]: row for row in toy_items(50).to_pylist()}
+    assert {row["item_id"]: row for row in first.items.to_pylist()} == expected
+
+    changed = pa.table({"item_id": ["7", "new", "7"], "title": ["lost", "New", "Seven"], "price": [1.0, 2.0, 3.0]})
+    report = catalogue.upsert(changed)
+    assert (report.num_rows, report.num_items, report.num_duplicates) == (3, 2, 1)
+    assert report.catalogue_version == catalogue.version() != first.version
+    assert catalogue.delete(["8", "9", "8", "absent"]) == 3
+
+    state = catalogue.read()
+    rows = _rows(catalogue)
+    assert rows["7"] == {"title": "Seven", "price": 3.0}, "an upsert replaces the item, attributes left out are null"
+    assert rows["new"] == {"title": "New", "price": 2.0}
+    assert len(rows) == 49
+    assert not {"8", "9", "absent"} & rows.keys()
+
+    catalogue.compact()
+    assert catalogue.version() == state.version
+    assert catalogue.read().items.equals(state.items)
+    catalogue.upsert(pa.table({"item_id": ["8"], "title": ["Back"]}))
+    assert _rows(catalogue) == {**rows, "8": {"title": "Back"}}, "changes apply on top of a compacted snapshot"
+    assert catalogue.read(state.version).items.equals(state.items)
+    assert catalogue.read(first.version).items.equals(first.items)
+    fresh = Catalogue(Store(store_url))
+    assert fresh.version() == catalogue.version()
+    assert fresh.read().items.equals(catalogue.read().items)
+
+
+def test_every_state_stays_readable_over_compactions(store_url: str) -> None:
+    catalogue = Catalogue(Store(store_url))
+    states = {}
+    for step in range(6):
+        catalogue.upsert(pa.table({"item_id": ["same", f"item{step}"], "step": [step, step]}))
+        if step % 3 == 2:
+            catalogue.delete([f"item{step - 1}"])
+        version = catalogue.version()
+        assert version is not None
+        states[version] = catalogue.read().items
+        if step % 2:
+            catalogue.compact()
+            assert catalogue.version() == version
+    assert len(states) == 6
+    for reader in (catalogue, Catalogue(Store(store_url))):
+        for version, items in states.items():
+            assert reader.read(version).items.equals(items)
+
+
+def test_compacting_twice_writes_once(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(toy_items(5))
+    catalogue.compact()
+    catalogue.compact()
+    assert DeltaTable(f"{folder_url}/catalog/items").version() == 0
+    assert sum(len(file) for file in [DeltaTable(f"{folder_url}/catalog/items").file_uris()]) == 1
+
+
+def test_before_the_first_load(store_url: str) -> None:
+    catalogue = Catalogue(Store(store_url))
+    for act in (catalogue.read, catalogue.compact, lambda: catalogue.delete(["1"])):
+        with pytest.raises(NotFoundError, match="load items first"):
+            act()
+    assert catalogue.delete([]) == 0
+    assert catalogue.version() is None
+
+
+@pytest.mark.parametrize("version", ["", "1", "x.y", "0.0", "0.2", "1.1", "0.1.0", "-1.1", "0." + "9" * 30])
+def test_versions_that_never_were(folder_url: str, version: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(toy_items(3))
+    with pytest.raises(NotFoundError, match="no version"):
+        catalogue.read(version)
+
+
+def test_the_last_item_can_go(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(toy_items(2))
+    catalogue.delete(["1", "2"])
+    assert catalogue.version() is not None
+    assert catalogue.read().items.num_rows == 0
+    catalogue.compact()
+    assert catalogue.read().items.num_rows == 0
+    catalogue.upsert(toy_items(1))
+    assert list(_rows(catalogue)) == ["1"]
+
+
+def test_a_foreign_writer_may_rewrite_items(store_url: str) -> None:
+    catalogue = Catalogue(Store(store_url))
+    catalogue.upsert(pa.table({"item_id": ["1", "2"], "title": ["a", "b"]}))
+    catalogue.compact()
+    compacted = catalogue.read()
+    url = f"{store_url}/catalog/items"
+    write_deltalake(url, pa.table({"item_id": ["2", "3"], "title": ["B", "C"]}), mode="overwrite")
+    assert catalogue.version() != compacted.version
+    assert _rows(catalogue) == {"2": {"title": "B"}, "3": {"title": "C"}}
+    catalogue.upsert(pa.table({"item_id": ["3"], "title": ["c"]}))
+    state = catalogue.read()
+    assert _rows(catalogue) == {"2": {"title": "B"}, "3": {"title": "c"}}
+    catalogue.compact()
+    assert catalogue.read().items.equals(state.items)
+    assert catalogue.version() == state.version
+    assert catalogue.read(compacted.version).items.equals(compacted.items)
+    # The states between two edits of items have no mixtures that never were.
+    items_edit, changes_edit = state.version.split(".")
+    with pytest.raises(NotFoundError):
+        catalogue.read(f"{items_edit}.{int(changes_edit) + 1}")
+    assert Catalogue(Store(store_url)).version() == state.version
+
+
+def test_a_foreign_writer_may_create_items(folder_url: str) -> None:
+    numbers = pa.array([2, 1, 2], pa.int32())
+    write_deltalake(f"{folder_url}/catalog/items", pa.table({"item_id": numbers, "year": [1, 2, 3]}))
+    catalogue = Catalogue(Store(folder_url))
+    first = catalogue.version()
+    assert first is not None
+    assert _rows(catalogue) == {"1": {"year": 2}, "2": {"year": 3}}
+    catalogue.upsert(pa.table({"item_id": ["3"], "year": [4]}))
+    assert _rows(catalogue) == {"1": {"year": 2}, "2": {"year": 3}, "3": {"year": 4}}
+    assert _rows(catalogue, first) == {"1": {"year": 2}, "2": {"year": 3}}
+    catalogue.compact()
+    assert _rows(catalogue) == {"1": {"year": 2}, "2": {"year": 3}, "3": {"year": 4}}
+
+
+def test_a_foreign_writer_may_append_changes(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(pa.table({"item_id": ["1", "2"], "title": ["a", "b"]}))
+    version = catalogue.version()
+    rows = {"_op": ["upsert", "delete"], "_row": [0, 1], "item_id": ["1", "2"], "title": ["A", None]}
+    write_deltalake(f"{folder_url}/catalog/changes", pa.table(rows), mode="append")
+    assert catalogue.version() != version
+    assert _rows(catalogue) == {"1": {"title": "A"}}
+    rows = {"_op": ["replace"], "_row": [0], "item_id": ["1"], "title": ["A"]}
+    write_deltalake(f"{folder_url}/catalog/changes", pa.table(rows), mode="append")
+    with pytest.raises(CorruptArtefactError, match="_op must be"):
+        catalogue.read()
+
+
+def test_the_log_of_changes_cannot_be_rewritten(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(toy_items(3))
+    with pytest.raises(Exception, match="append-only"):
+        DeltaTable(f"{folder_url}/catalog/changes").delete("item_id = '1'")
+
+
+@pytest.mark.parametrize("table", ["changes", "items"])
+def test_maintenance_by_other_tools_changes_no_version(folder_url: str, table: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(toy_items(5))
+    catalogue.compact()
+    for step in range(3):
+        rows = pa.table({"item_id": [f"x{step}", "1"], "title": [str(step), str(step)]})
+        catalogue.upsert(rows)
+        write_deltalake(f"{folder_url}/catalog/items", rows, mode="append", schema_mode="merge")
+    state = catalogue.read()
+    delta = DeltaTable(f"{folder_url}/catalog/{table}")
+    before = delta.version()
+    delta.optimize.compact()
+    delta.create_checkpoint()
+    delta.alter.set_table_properties({"delta.checkpointInterval": "10"})
+    assert DeltaTable(f"{folder_url}/catalog/{table}").version() >= before + 2
+    for reader in (catalogue, Catalogue(Store(folder_url))):
+        assert reader.version() == state.version
+        assert reader.read().items.equals(state.items)
+    catalogue.compact()
+    assert catalogue.version() == state.version
+    catalogue.upsert(pa.table({"item_id": ["1"], "title": ["new"]}))
+    assert catalogue.version() != state.version
+    assert _rows(catalogue)["1"] == {"title": "new"}
+
+
+def test_checkpoints_of_the_log_keep_every_state(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(pa.table({"item_id": ["1"], "n": [0]}))
+    catalogue.compact()
+    for table in ("changes", "items"):
+        DeltaTable(f"{folder_url}/catalog/{table}").alter.set_table_properties({"delta.checkpointInterval": "5"})
+    versions = []
+    for n in range(1, 13):
+        versions.append((catalogue.upsert(pa.table({"item_id": ["1"], "n": [n]})).catalogue_version, n))
+        catalogue.compact()
+    assert list(Path(folder_url, "catalog/items/_delta_log").glob("*.checkpoint.parquet"))
+    fresh = Catalogue(Store(folder_url))
+    assert fresh.version() == versions[-1][0]
+    assert [_rows(fresh, version)["1"]["n"] for version, _ in versions] == [n for _, n in versions]
+
+
+def test_two_that_create_the_catalogue(folder_url: str) -> None:
+    for race in range(20):
+        url = f"{folder_url}/{race}"
+        barrier = threading.Barrier(3)
+
+        def create(writer: int, url: str = url, barrier: threading.Barrier = barrier) -> str:
+            catalogue = Catalogue(Store(url))
+            barrier.wait()
+            return catalogue.upsert(pa.table({"item_id": [f"{writer}"], f"column{writer}": [writer]})).catalogue_version
+
+        with ThreadPoolExecutor(3) as writers:
+            assert sorted(writers.map(create, range(3))) == ["0.1", "0.2", "0.3"]
+        assert _rows(Catalogue(Store(url))) == {f"{writer}": {f"column{writer}": writer} for writer in range(3)}
+        assert len(DeltaTable(f"{url}/catalog/changes").schema().fields) == 6
+
+
+def test_concurrent_writers_lose_nothing(store_url: str) -> None:
+    num_writers, num_rounds = 4, 4
+    barrier = threading.Barrier(num_writers)
+
+    def write(writer: int) -> list[str]:
+        catalogue = Catalogue(Store(store_url))
+        barrier.wait()
+        # Each adds a column of its own, so that the schemas collide too; nobody has created the tables yet.
+        return [
+            catalogue.upsert(
+                pa.table({"item_id": [f"{writer}-{step}", "shared"], f"column{writer}": [step, writer]})
+            ).catalogue_version
+            for step in range(num_rounds)
+        ]
+
+    with ThreadPoolExecutor(num_writers) as writers:
+        versions = [version for own in writers.map(write, range(num_writers)) for version in own]
+    assert sorted(versions) == sorted(f"0.{n}" for n in range(1, num_writers * num_rounds + 1))
+    catalogue = Catalogue(Store(store_url))
+    rows = _rows(catalogue)
+    assert len(rows) == num_writers * num_rounds + 1
+    for writer in range(num_writers):
+        for step in range(num_rounds):
+            assert rows[f"{writer}-{step}"] == {f"column{writer}": step}
+    last_writer = [f"{writer}" for writer in range(num_writers) if rows["shared"] == {f"column{writer}": writer}]
+    assert len(last_writer) == 1, "the shared item is one writer's, not a mixture"
+
+
+def test_compaction_under_writers_loses_nothing(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(pa.table({"item_id": ["0"], "n": [0]}))
+    done = threading.Event()
+
+    def compact() -> int:
+        count = 0
+        mine = Catalogue(Store(folder_url))
+        while not done.is_set():
+            try:
+                mine.compact()
+                count += 1
+            except ConflictError:
+                pass
+        return count
+
+    with ThreadPoolExecutor(2) as compactors:
+        counts = [compactors.submit(compact) for _ in range(2)]
+        try:
+            for n in range(1, 21):
+                catalogue.upsert(pa.table({"item_id": [str(n), "0"], "n": [n, n]}))
+                assert len(catalogue.read().items) == n + 1
+        finally:
+            done.set()
+    assert sum(count.result() for count in counts) > 0
+    assert _rows(catalogue) == {"0": {"n": 20}, **{str(n): {"n": n} for n in range(1, 21)}}
+
+
+def test_compaction_gives_way_to_a_foreign_writer(folder_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(pa.table({"item_id": ["1"], "n": [1]}))
+    catalogue.compact()
+    catalogue.upsert(pa.table({"item_id": ["2"], "n": [2]}))
+    url = f"{folder_url}/catalog/items"
+    read = catalogue.read
+
+    def read_then_foreign_write() -> object:
+        snapshot = read()
+        write_deltalake(url, pa.table({"item_id": ["3"], "n": [3]}), mode="append")
+        return snapshot
+
+    monkeypatch.setattr(catalogue, "read", read_then_foreign_write)
+    with pytest.raises(ConflictError, match="changed by somebody else"):
+        catalogue.compact()
+    monkeypatch.undo()
+    assert _rows(catalogue) == {"1": {"n": 1}, "2": {"n": 2}, "3": {"n": 3}}
+
+
+_KILLED_WRITER = """
+import os, sys
+import pyarrow as pa
+from towers.catalogue import Catalogue
+from towers.store import Store
+
+catalogue = Catalogue(Store(sys.argv[1]))
+print("ready", flush=True)
+step = 0
+while True:
+    catalogue.upsert(pa.table({"item_id": [f"{step}-{part}" for part in range(50)], "step": [step] * 50}))
+    if step % 3 == 0:
+        catalogue.compact()
+    step += 1
+"""
+
+
+@pytest.mark.parametrize("delay_s", [0.05, 0.1, 0.15, 0.2, 0.25])
+def test_kill_9_leaves_whole_commits(folder_url: str, delay_s: float) -> None:
+    with subprocess.Popen(tied_python(_KILLED_WRITER, folder_url), stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+        threading.Event().wait(delay_s)
+        writer.kill()
+    catalogue = Catalogue(Store(folder_url))
+    version = catalogue.version()
+    if version is not None:
+        items = catalogue.read().items
+        steps = sorted(set(items["step"].to_pylist()))
+        assert steps == list(range(len(steps)))
+        assert items.num_rows == 50 * len(steps)
+    catalogue.upsert(toy_items(3))
+    catalogue.compact()
+    assert {"1", "2", "3"} <= _rows(catalogue).keys()
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        (pa.array(["a", None]), "row 1: the id is null"),
+        (pa.array(["a", "b", ""]), "row 2: the id is empty"),
+        (pa.array(["nul\0"]), "row 0: the id contains a NUL"),
+        (pa.array(["ok", "é" * 513]), "row 1: the id is longer than 1024 bytes"),
+        (pa.array([1.0]), "expected strings or integers, got double"),
+        (pa.array([b"a"]), "expected strings or integers, got binary"),
+        (pa.array([True]), "expected strings or integers, got bool"),
+        (pa.array([None], pa.null()), "expected strings or integers, got null"),
+        (pa.array([], pa.string()), "no rows"),
+    ],
+)
+def test_ids_that_are_refused(folder_url: str, ids: pa.Array, reason: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    with pytest.raises(InvalidInputError, match=reason):
+        catalogue.upsert(pa.table({"item_id": ids}))
+    assert catalogue.version() is None
+
+
+def test_deleted_ids_are_checked_too(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(toy_items(1))
+    with pytest.raises(InvalidInputError, match="is empty"):
+        catalogue.delete(["1", ""])
+    assert list(_rows(catalogue)) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["title"], "exactly one column 'item_id'"),
+        (["item_id", "item_id"], "exactly one column 'item_id'"),
+        (["item_id", "_op"], "'_op': names that start with '_' are reserved"),
+        (["item_id", "_commit_version"], "'_commit_version'"),
+        (["item_id", ""], "column ''"),
+        (["item_id", "movie title"], "'movie title'"),
+        (["item_id", "Title", "title"], "'title': another column"),
+        (["item_id", "ITEM_ID"], "'ITEM_ID': another column"),
+    ],
+)
+def test_columns_that_are_refused(folder_url: str, names: list[str], reason: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    with pytest.raises(InvalidInputError, match=reason):
+        catalogue.upsert(pa.Table.from_arrays([pa.array(["a"])] * len(names), names=names))
+    assert catalogue.version() is None
+
+
+def test_columns_named_like_our_own_words_are_kept(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    row = {"op": "delete", "row": 7, "commit": "c", "version": 1, "a.b": "dot", "größe": 2}
+    catalogue.upsert(pa.table({"item_id": ["1"], **{name: [value] for name, value in row.items()}}))
+    assert _rows(catalogue) == {"1": row}
+    catalogue.compact()
+    assert _rows(catalogue) == {"1": row}
+
+
+@pytest.mark.parametrize("is_compacted", [False, True])
+@pytest.mark.parametrize(
+    ("given", "types"),
+    [
+        (pa.array(["1995"]), "its type is string, in the catalogue it is int64"),
+        (pa.array([1995.5]), "its type is double, in the catalogue it is int64"),
+        (pa.array([[1995]]), "its type is list<item: int64>, in the catalogue it is int64"),
+    ],
+)
+def test_a_conflicting_type_is_refused(folder_url: str, given: pa.Array, types: str, is_compacted: bool) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(pa.table({"item_id": ["1"], "year": [1994]}))
+    if is_compacted:
+        catalogue.compact()
+    version = catalogue.version()
+    with pytest.raises(InvalidInputError, match=f"column 'year': {types}"):
+        catalogue.upsert(pa.table({"item_id": ["2"], "year": given}))
+    with pytest.raises(InvalidInputError, match="spells it 'year'"):
+        catalogue.upsert(pa.table({"item_id": ["2"], "Year": [1]}))
+    assert catalogue.version() == version
+
+
+def test_a_type_that_cannot_be_stored_is_refused(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    for value, type_ in ((datetime.time(1), "time64"), ({"x": 1}, "struct"), (datetime.timedelta(1), "duration")):
+        with pytest.raises(InvalidInputError, match=f"column 'x': type {type_}"):
+            catalogue.upsert(pa.table({"item_id": ["1"], "x": [value]}))
+
+
+def test_values_come_back_as_they_were(store_url: str) -> None:
+    catalogue = Catalogue(Store(store_url))
+    moment = datetime.datetime(2024, 2, 29, 12, 30, 15, 123456, tzinfo=datetime.UTC)
+    given = {
+        "item_id": pa.array([10, 9], pa.uint16()),
+        "text": pa.array(["ünïcode 🎬 \n\t\"'", ""], pa.large_string()),
+        "category": pa.array(["a", "b"]).dictionary_encode(),
+        "tags": pa.array([["x", "y"], []], pa.large_list(pa.large_string())),
+        "tag_codes": pa.array([["x"], None], pa.list_(pa.dictionary(pa.int8(), pa.string()))),
+        "vector": pa.array([[1.5, 2.5], [3.5, 4.5]], pa.list_(pa.float32(), 2)),
+        "half": pa.array([np.float16(0.5), np.float16(2)], pa.float16()),
+        "small": pa.array([1, None], pa.int8()),
+        "wide": pa.array([2**63 - 1, -(2**63)], pa.int64()),
+        "price": pa.array([None, decimal.Decimal("9.50")], pa.decimal128(10, 2)),
+        "flag": pa.array([True, False]),
+        "released": pa.array([datetime.date(1995, 1, 1), None]),
+        "seen": pa.array([moment, None], pa.timestamp("ns", "Europe/Berlin")),
+        "local": pa.array([moment.replace(tzinfo=None), None], pa.timestamp("ms")),
+        "nothing": pa.array([None, None], pa.null()),
+        "no_tags": pa.array([[], None], pa.list_(pa.null())),
+    }
+    catalogue.upsert(pa.table(given))
+    for _ in range(2):
+        items = catalogue.read().items
+        assert items["item_id"].to_pylist() == ["10", "9"]
+        assert items.schema.field("item_id").type == pa.string()
+        for name in ("text", "category", "tags", "tag_codes", "vector", "half", "small", "wide", "price", "flag"):
+            assert items[name].to_pylist() == given[name].to_pylist(), name
+        assert items["released"].to_pylist() == [datetime.date(1995, 1, 1), None]
+        assert items["seen"].to_pylist() == [moment, None]
+        assert items["local"].to_pylist() == [moment.replace(microsecond=123000), None]
+        assert not {"nothing", "no_tags"} & set(items.column_names)
+        assert items.schema.field("vector").type == pa.list_(pa.float32())
+        catalogue.compact()
+    # Columns known by now: nulls and narrower numbers are no conflict.
+    catalogue.upsert(
+        pa.table(
+            {
+                "item_id": ["11"],
+                "tags": pa.array([[]], pa.list_(pa.null())),
+                "price": pa.array([3], pa.int32()),
+                "wide": pa.array([4.0]),
+                "text": pa.array([None], pa.null()),
+            }
+        )
+    )
+    assert _rows(catalogue)["11"] == {"tags": [], "price": 3.0, "wide": 4}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    ids=st.lists(
+        st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), min_size=1, max_size=40),
+        min_size=1,
+        max_size=8,
+        unique=True,
+    )
+)
+def test_any_id_round_trips(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
+    catalogue = Catalogue(Store(str(tmp_path_factory.mktemp("store"))))
+    catalogue.upsert(pa.table({"item_id": ids, "position": list(range(len(ids)))}))
+    assert _rows(catalogue) == {item_id: {"position": position} for position, item_id in enumerate(ids)}
+    assert catalogue.read().items["item_id"].to_pylist() == sorted(ids, key=str.encode)
+    catalogue.compact()
+    catalogue.delete(ids[:1])
+    assert _rows(catalogue).keys() == set(ids[1:])
+
+
+def test_a_folder_with_an_odd_name(tmp_path: Path) -> None:
+    catalogue = Catalogue(Store(str(tmp_path / "odd näme 100% #1?")))
+    catalogue.upsert(toy_items(3))
+    catalogue.compact()
+    catalogue.upsert(toy_items(4))
+    assert len(_rows(catalogue)) == 4
+    with pytest.raises(InvalidInputError, match="rename the folder"):
+        Catalogue(Store(str(tmp_path / "a%20b")))
+
+
+def test_a_damaged_log_is_told_apart_from_an_empty_one(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(toy_items(3))
+    commit = Path(folder_url, "catalog/changes/_delta_log", f"{1:020}.json")
+    commit.write_text("{garbage")
+    for reader in (catalogue, Catalogue(Store(folder_url))):
+        with pytest.raises(CorruptArtefactError):
+            reader.version()
+    commit.unlink()
+    data = next(Path(folder_url, "catalog/changes").glob("*.parquet"))
+    content = data.read_bytes()
+    data.write_bytes(content[:100])
+    with pytest.raises(CorruptArtefactError, match=data.name):
+        catalogue.read()
+    data.unlink()
+    with pytest.raises(NotFoundError, match=data.name):
+        catalogue.read()
+
+
+def test_a_vacuumed_snapshot_is_not_found(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    url = f"{folder_url}/catalog/items"
+    write_deltalake(url, pa.table({"item_id": ["1"]}))
+    old = catalogue.version()
+    write_deltalake(url, pa.table({"item_id": ["2"]}), mode="overwrite")
+    DeltaTable(url).vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
+    assert list(_rows(catalogue)) == ["2"]
+    with pytest.raises(NotFoundError, match="a file is gone"):
+        catalogue.read(old)
+
+
+def test_an_item_without_an_id_is_refused(folder_url: str) -> None:
+    write_deltalake(f"{folder_url}/catalog/items", pa.table({"item_id": ["1", None]}))
+    with pytest.raises(CorruptArtefactError, match="1 rows without item_id"):
+        Catalogue(Store(folder_url)).read()
+
+
+def test_items_without_ids_are_refused(folder_url: str) -> None:
+    write_deltalake(f"{folder_url}/catalog/items", pa.table({"title": ["1"]}))
+    with pytest.raises(CorruptArtefactError, match="no column 'item_id'"):
+        Catalogue(Store(folder_url)).read()
+
+
+def test_tables_that_disagree_are_refused(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(pa.table({"item_id": ["1"], "year": ["old"]}))
+    write_deltalake(f"{folder_url}/catalog/items", pa.table({"item_id": ["1"], "year": [1]}))
+    with pytest.raises(CorruptArtefactError, match="'year' is int64 in one table and string in the other"):
+        catalogue.read()
+
+
+def test_a_store_that_is_down(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue = Catalogue(Store(s3_url))
+    catalogue.upsert(toy_items(3))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    down = Catalogue(Store(s3_url))
+    for act in (down.version, down.read, down.compact, lambda: down.upsert(toy_items(1)), lambda: down.delete(["1"])):
+        with pytest.raises(StoreUnavailableError):
+            act()
+
+
+def test_shards_by_hand() -> None:
+    assert shard_of("42", 5) == xxhash.xxh3_64_intdigest(b"42") % 5
+    assert [shard_of(str(number), 3) for number in range(10)] == [
+        xxhash.xxh3_64_intdigest(str(number).encode()) % 3 for number in range(10)
+    ]
+
+
+@given(
+    ids=st.lists(st.text(st.characters(blacklist_categories=("Cs",)), min_size=1), unique=True), count=st.integers(1, 7)
+)
+def test_partitions_are_a_partition(ids: list[str], count: int) -> None:
+    items = pa.table({"item_id": pa.array(ids, pa.string()), "position": pa.array(range(len(ids)), pa.int64())})
+    parts = [partition(items, shard, count) for shard in range(count)]
+    assert sorted(position for part in parts for position in part["position"].to_pylist()) == list(range(len(ids)))
+    for shard, part in enumerate(parts):
+        assert all(shard_of(item_id, count) == shard for item_id in part["item_id"].to_pylist())
+
+
+@pytest.mark.parametrize(("shard", "count"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_shard_that_is_none(shard: int, count: int) -> None:
+    with pytest.raises(InvalidInputError, match="shard"):
+        partition(toy_items(3), shard, count)
