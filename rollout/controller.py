@@ -71,6 +71,19 @@ def in_words(action: Action) -> str:
             return f"held version {version}: {reason}"
 
 
+def in_prospect(action: Action) -> str:
+    """What a controller would do next, in one line."""
+    match action:
+        case Wait(reason):
+            return f"wait: {reason}"
+        case Stage(version):
+            return f"stage version {version}"
+        case Promote(version):
+            return f"promote version {version}"
+        case Hold(version, reason):
+            return f"hold version {version}: {reason}"
+
+
 def _record(current: Deployment, action: Action) -> Deployment | None:
     match action:
         case Wait():
