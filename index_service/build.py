@@ -1,0 +1,381 @@
+"""Builds the index of one shard, in a process of its own: `python -m index_service.build …`.
+
+Deliberately does not know who asked for it, nor what is served. Progress goes to stderr for people and to stdout, one
+JSON object a line, for the process that started it.
+"""
+
+import argparse
+import ctypes
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from index_service.artefact import (
+    EXACT,
+    INDEX,
+    ITEM_HASHES,
+    ITEMS,
+    Artefact,
+    ArtefactManifest,
+    ArtefactStore,
+    SearchEffort,
+    checkpoint_fingerprint,
+    digest_of,
+    new_build,
+)
+from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
+from index_service.shard import list_parameters
+from towers.catalogue import ITEM_ID, Catalogue, partition
+from towers.checkpoint import CheckpointStore, Manifest
+from towers.errors import ConflictError, CorruptArtefactError, InvalidFeatureError, InvalidInputError, TwoTowerError
+from towers.features import Arrays, RawValue
+from towers.store import Store
+from towers.tower import Tower
+
+TARGET_RECALL = 0.95
+MEASURED_KS = (100, 1000)
+"""Recall is measured at these k, so that a search for more items probes more lists."""
+_NUM_SAMPLED = 256
+_LISTS_PER_ROOT = 4
+_TRAINING_VECTORS_PER_LIST = 39
+_ENCODINGS = ("SQ8", "Flat")
+_SCORE_TOLERANCE = 1e-6
+_BATCH_SIZE = 512
+_NUM_NAMED = 50
+"""Quarantined items that are logged one by one."""
+_EMBEDDING_SHARE = 0.8
+"""Of the whole work; the rest is clustering, measuring and writing."""
+_NICENESS = 10
+_PR_SET_PDEATHSIG = 1
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EmbeddedItems:
+    """The items of a shard that have an embedding."""
+
+    items: pa.Table
+    embeddings: NDArray[np.float32]
+    """`[N, D]`, row i belongs to row i of `items`."""
+    quarantined_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BuiltIndex:
+    """A FAISS index and how to search it."""
+
+    index: Any
+    index_type: str
+    search_efforts: tuple[SearchEffort, ...]
+
+
+def build(order: BuildOrder, report: Callable[[float], None]) -> ArtefactManifest:
+    """Embeds the shard's items, builds the index and publishes it.
+
+    Args:
+        order: What to build.
+        report: Told the share of the work that is done.
+
+    Returns:
+        The manifest of this build.
+
+    Raises:
+        ConflictError: another build was published first; use that one.
+        CorruptCheckpointError: the checkpoint's item tower is damaged or drifts.
+        TwoTowerError: the checkpoint, the catalogue or the store does not allow it; the message says why.
+    """
+    store = Store(order.store)
+    checkpoint, tower = _item_tower(store, order.checkpoint_version)
+    catalogue = Catalogue(store).read(order.catalogue_version)
+    if catalogue.items.num_rows == 0:
+        raise InvalidInputError("the catalogue has no items; load some: twotower catalog load items.parquet")
+    embedded = embed_items(
+        tower,
+        partition(catalogue.items, order.shard, order.num_shards),
+        lambda share: report(share * _EMBEDDING_SHARE),
+    )
+    artefact = artefact_of(order, checkpoint, tower.golden_difference, embedded)
+    ArtefactStore(store, order.shard, order.num_shards).put(artefact)
+    report(1.0)
+    return artefact.manifest
+
+
+def artefact_of(order: BuildOrder, checkpoint: Manifest, golden_difference: float, embedded: EmbeddedItems) -> Artefact:
+    """Builds the index of embedded items, and all that is stored with it."""
+    embedded, hashes = _in_order_of_hash(embedded)
+    built = build_index(embedded.embeddings, order.exact_below)
+    files = {
+        INDEX: faiss.serialize_index(built.index).tobytes(),
+        ITEMS: _arrow_file(embedded.items),
+        ITEM_HASHES: hashes.astype("<u8").tobytes(),
+    }
+    manifest = ArtefactManifest(
+        revision=order.revision,
+        build=new_build(),
+        created=datetime.now(UTC),
+        checkpoint_version=order.checkpoint_version,
+        checkpoint_fingerprint=checkpoint_fingerprint(checkpoint),
+        catalogue_version=order.catalogue_version,
+        shard=order.shard,
+        num_shards=order.num_shards,
+        dim=checkpoint.dim,
+        num_items=embedded.items.num_rows,
+        num_quarantined=len(embedded.quarantined_ids),
+        index_type=built.index_type,
+        search_efforts=built.search_efforts,
+        golden_difference=golden_difference,
+        files={name: digest_of(content) for name, content in files.items()},
+    )
+    return Artefact(manifest, files)
+
+
+def embed_items(tower: Tower, items: pa.Table, report: Callable[[float], None]) -> EmbeddedItems:
+    """Embeds items. Those whose features do not encode, or whose embedding is not finite, are quarantined.
+
+    Args:
+        tower: The item tower.
+        items: The shard's items, with at least the columns that the tower's features need.
+        report: Told the share of the items that is done.
+
+    Raises:
+        InvalidInputError: a column is missing, or not one item could be embedded.
+    """
+    columns = {feature.name: feature.column for feature in tower.encoder.features}
+    for name, column in columns.items():
+        if column not in items.column_names:
+            raise InvalidInputError(
+                f"the catalogue has no column {column!r}, which feature {name!r} of checkpoint {tower.version} needs; "
+                "load items that have it: twotower catalog load items.parquet"
+            )
+    embeddings = np.empty((items.num_rows, tower.dim), dtype=np.float32)
+    reasons: dict[int, str] = {}
+    for start in range(0, items.num_rows, _BATCH_SIZE):
+        batch = items.slice(start, _BATCH_SIZE)
+        values = {name: batch.column(column).to_pylist() for name, column in columns.items()}
+        arrays, kept, refused = _encode(tower, values, batch.num_rows)
+        if len(kept):
+            embeddings[start + kept] = tower.embed(arrays)
+        reasons |= {start + row: reason for row, reason in refused.items()}
+        report((start + batch.num_rows) / items.num_rows)
+    is_kept = np.ones(items.num_rows, dtype=bool)
+    is_kept[list(reasons)] = False
+    for row in np.flatnonzero(is_kept & ~np.isfinite(embeddings).all(axis=1)).tolist():
+        reasons[row] = "its embedding is not finite"
+        is_kept[row] = False
+    ids = items.column(ITEM_ID)
+    quarantined = {ids[row].as_py(): reason for row, reason in sorted(reasons.items())}
+    for item_id, reason in list(quarantined.items())[:_NUM_NAMED]:
+        _log.warning("item %r is quarantined: %s", item_id, reason)
+    if len(quarantined) > _NUM_NAMED:
+        _log.warning("%d more items are quarantined", len(quarantined) - _NUM_NAMED)
+    if quarantined and not is_kept.any():
+        item_id, reason = next(iter(quarantined.items()))
+        raise InvalidInputError(
+            f"not one of {len(quarantined)} items could be embedded by checkpoint {tower.version}; "
+            f"for example {item_id!r}: {reason}"
+        )
+    return EmbeddedItems(items.filter(pa.array(is_kept)), embeddings[is_kept], tuple(quarantined))
+
+
+def build_index(embeddings: NDArray[np.float32], exact_below: int) -> BuiltIndex:
+    """Builds an exact index of fewer than `exact_below` vectors, an IVF index of more.
+
+    An IVF index stores 8 bits a component; where that cannot reach the target recall, it stores the floats.
+
+    Args:
+        embeddings: `[N, D]` unit vectors.
+        exact_below: Number of vectors from which the index is approximate.
+    """
+    num_items, dim = embeddings.shape
+    if num_items == 0 or num_items < exact_below:
+        exact = faiss.IndexFlatIP(dim)
+        exact.add(embeddings)
+        return BuiltIndex(exact, EXACT, ())
+    num_lists = max(1, min(int(_LISTS_PER_ROOT * math.sqrt(num_items)), num_items // _TRAINING_VECTORS_PER_LIST))
+    for encoding in _ENCODINGS:
+        index_type = f"IVF{num_lists},{encoding}"
+        index = faiss.index_factory(dim, index_type, faiss.METRIC_INNER_PRODUCT)
+        index.train(embeddings)
+        index.add(embeddings)
+        efforts = measure_efforts(index, embeddings)
+        if all(effort.recall >= TARGET_RECALL for effort in efforts):
+            break
+        _log.warning("%s does not reach a recall of %s even when all lists are probed", index_type, TARGET_RECALL)
+    return BuiltIndex(index, index_type, efforts)
+
+
+def measure_efforts(index: Any, embeddings: NDArray[np.float32]) -> tuple[SearchEffort, ...]:
+    """The smallest powers of two of lists to probe that reach the target recall, all lists where none does.
+
+    Queries are a sample of the items, each without itself; a hit counts when its exact score is among the k best, so
+    that equal scores may come in any order.
+
+    Args:
+        index: An IVF index of the embeddings.
+        embeddings: `[N, D]`
+    """
+    num_items = len(embeddings)
+    random = np.random.default_rng(0)
+    sample = random.choice(num_items, size=min(_NUM_SAMPLED, num_items), replace=False)
+    queries = np.ascontiguousarray(embeddings[sample])  # [B, D]
+    efforts: list[SearchEffort] = []
+    nprobe = 1
+    for wanted in MEASURED_KS:
+        k = min(wanted, num_items - 1)
+        if k < 1:
+            return (SearchEffort(k=wanted, nprobe=index.nlist, recall=1.0),)
+        exact_scores, exact_rows = faiss.knn(queries, embeddings, k + 1, metric=faiss.METRIC_INNER_PRODUCT)
+        exact_scores = np.where(exact_rows == sample[:, None], -np.inf, exact_scores)  # [B, K + 1]
+        kth_scores = -np.partition(-exact_scores, k - 1, axis=1)[:, k - 1]  # [B]
+        while True:
+            nprobe = min(nprobe, index.nlist)
+            _, rows = index.search(queries, k + 1, params=list_parameters(nprobe))  # [B, K + 1]
+            recall = _recall(queries, embeddings, rows, sample, kth_scores, k)
+            if recall >= TARGET_RECALL or nprobe == index.nlist:
+                break
+            nprobe *= 2
+        efforts.append(SearchEffort(k=wanted, nprobe=nprobe, recall=recall))
+    return tuple(efforts)
+
+
+def _recall(
+    queries: NDArray[np.float32],
+    embeddings: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    sample: NDArray[np.int64],
+    kth_scores: NDArray[np.float32],
+    k: int,
+) -> float:
+    num_right = 0
+    for query, found, own_row, kth_score in zip(queries, rows, sample, kth_scores, strict=True):
+        others = found[(found >= 0) & (found != own_row)][:k]
+        num_right += int((embeddings[others] @ query >= kth_score - _SCORE_TOLERANCE).sum())
+    return num_right / (len(queries) * k)
+
+
+def _encode(
+    tower: Tower, values: dict[str, list[RawValue]], num_rows: int
+) -> tuple[Arrays, NDArray[np.int64], dict[int, str]]:
+    """Encodes a batch: arrays of the rows that encode, their numbers, and why each of the others does not."""
+    try:
+        return tower.encoder.encode(values, num_rows), np.arange(num_rows), {}
+    except InvalidFeatureError:
+        pass
+    refused: dict[int, str] = {}
+    for row in range(num_rows):
+        try:
+            tower.encoder.encode({name: [column[row]] for name, column in values.items()}, 1)
+        except InvalidFeatureError as error:
+            refused[row] = str(error)
+    kept = np.array([row for row in range(num_rows) if row not in refused], dtype=np.int64)
+    arrays = tower.encoder.encode({name: [column[row] for row in kept] for name, column in values.items()}, len(kept))
+    return arrays, kept, refused
+
+
+def _item_tower(store: Store, version: int) -> tuple[Manifest, Tower]:
+    try:
+        files = CheckpointStore(store).load(version, "item")
+        return files.manifest, Tower(files)
+    except (CorruptArtefactError, InvalidInputError) as error:
+        raise CorruptCheckpointError(str(error)) from error
+
+
+def _in_order_of_hash(embedded: EmbeddedItems) -> tuple[EmbeddedItems, NDArray[np.uint64]]:
+    ids = embedded.items.column(ITEM_ID).to_pylist()
+    hashes = np.fromiter((xxhash.xxh3_64_intdigest(item_id.encode()) for item_id in ids), np.uint64, count=len(ids))
+    order = np.argsort(hashes, kind="stable")
+    in_order = EmbeddedItems(embedded.items.take(pa.array(order)), embedded.embeddings[order], embedded.quarantined_ids)
+    return in_order, hashes[order]
+
+
+def _arrow_file(items: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, items.schema) as writer:
+        writer.write_table(items.combine_chunks())
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point of the process; 0 when an index is published, by this build or by another one before it."""
+    parser = argparse.ArgumentParser(prog="python -m index_service.build", description=__doc__)
+    parser.add_argument("--parent", type=int, required=True, help="process that waits; the build ends with it")
+    parser.add_argument("order", help="the build order, JSON")
+    parsed = parser.parse_args(arguments)
+    _die_with(parsed.parent)
+    os.nice(_NICENESS)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    order = BuildOrder.model_validate_json(parsed.order)
+    with _message_stream() as messages, _progress(order, messages) as report:
+        build_name = ""
+        try:
+            build_name = build(order, report).build
+        except ConflictError as error:
+            _log.info("another build was first: %s", error)
+        except TwoTowerError as error:
+            _say(messages, BuildMessage.of_failure(error))
+            return 1
+        _say(messages, BuildMessage(progress=1.0, build=build_name))
+    return 0
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process with its parent, even when the parent is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+    # Ctrl-C reaches every process of the terminal; when to end is the parent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _message_stream() -> Iterator[TextIO]:
+    """The real stdout. Whatever a library prints there goes to stderr instead."""
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as messages:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        yield messages
+
+
+@contextmanager
+def _progress(order: BuildOrder, messages: TextIO) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr, and a message for each percent."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    percent = -1
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(
+            f"shard {order.shard}/{order.num_shards}: indexing checkpoint {order.checkpoint_version}", total=1.0
+        )
+
+        def report(share: float) -> None:
+            nonlocal percent
+            if int(share * 100) > percent:
+                percent = int(share * 100)
+                bar.update(task, completed=share)
+                _say(messages, BuildMessage(progress=share))
+
+        yield report
+
+
+def _say(messages: TextIO, message: BuildMessage) -> None:
+    messages.write(message.model_dump_json() + "\n")
+    messages.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,183 @@
+"""Obtains the index of one checkpoint version: from the store, or from a build in a process of its own.
+
+Deliberately does not know which versions are wanted, nor when to try again.
+"""
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import IO
+
+import faiss
+import numpy as np
+
+from index_service.artefact import EXACT, FIRST_REVISION, ArtefactStore, checkpoint_fingerprint
+from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
+from index_service.shard import ShardIndex
+from towers.checkpoint import CheckpointStore
+from towers.errors import CorruptArtefactError, TwoTowerError
+from towers.store import Store
+
+_WARM_UP_SEARCHES = 3
+_WARM_UP_K = 100
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedIndex:
+    """An index and where it came from."""
+
+    index: ShardIndex
+    is_from_store: bool
+    """Whether it was found in the store rather than built by this process."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What the store has: an index, or none and the revision that a new one gets."""
+
+    index: ShardIndex | None
+    next_revision: int
+
+
+class IndexLoader:
+    """Loads indexes of one shard."""
+
+    def __init__(self, store: Store, shard: int, num_shards: int, exact_below: int) -> None:
+        self._store = store
+        self._shard = shard
+        self._num_shards = num_shards
+        self._exact_below = exact_below
+        self._checkpoints = CheckpointStore(store)
+        self._artefacts = ArtefactStore(store, shard, num_shards)
+
+    async def load(
+        self, checkpoint_version: int, catalogue_version: str, report: Callable[[float], None]
+    ) -> LoadedIndex:
+        """Loads an index, and builds it first where the store has none that can be trusted.
+
+        When cancelled, a build in progress is killed before this returns.
+
+        Args:
+            checkpoint_version: The checkpoint whose item tower makes the embeddings.
+            catalogue_version: The state of the catalogue to be indexed.
+            report: Told the share of a build that is done; not called when nothing is built.
+
+        Raises:
+            CorruptCheckpointError: the checkpoint itself is at fault.
+            TwoTowerError: anything else; the message says why, in words.
+        """
+        stored = await asyncio.to_thread(self._stored, checkpoint_version, catalogue_version)
+        if stored.index is not None:
+            return LoadedIndex(stored.index, is_from_store=True)
+        report(0.0)
+        order = BuildOrder(
+            store=self._store.url,
+            shard=self._shard,
+            num_shards=self._num_shards,
+            checkpoint_version=checkpoint_version,
+            catalogue_version=catalogue_version,
+            revision=stored.next_revision,
+            exact_below=self._exact_below,
+        )
+        build = await _run_builder(order, report)
+        index = await asyncio.to_thread(self._load, checkpoint_version, catalogue_version, order.revision)
+        return LoadedIndex(index, is_from_store=index.manifest.build != build)
+
+    async def prune(self, checkpoint_version: int, kept_catalogue_versions: tuple[str, ...]) -> None:
+        """Deletes the stored indexes of this checkpoint's other catalogue versions."""
+        await asyncio.to_thread(self._artefacts.prune, checkpoint_version, kept_catalogue_versions)
+
+    def _stored(self, checkpoint_version: int, catalogue_version: str) -> _Stored:
+        revision = self._artefacts.newest_revision(checkpoint_version, catalogue_version)
+        if revision is None:
+            return _Stored(None, FIRST_REVISION)
+        try:
+            return _Stored(self._load(checkpoint_version, catalogue_version, revision), revision)
+        except _RefusedArtefactError as error:
+            _log.warning("the stored index is refused and will be replaced: %s", error)
+            return _Stored(None, revision + 1)
+
+    def _load(self, checkpoint_version: int, catalogue_version: str, revision: int) -> ShardIndex:
+        try:
+            checkpoint = self._checkpoints.manifest(checkpoint_version)
+        except CorruptArtefactError as error:
+            raise CorruptCheckpointError(str(error)) from error
+        try:
+            artefact = self._artefacts.get(checkpoint_version, catalogue_version, revision)
+            manifest = artefact.manifest
+            if manifest.checkpoint_fingerprint != checkpoint_fingerprint(checkpoint) or manifest.dim != checkpoint.dim:
+                raise CorruptArtefactError(
+                    f"it was built from another checkpoint that was number {checkpoint_version} too"
+                )
+            is_exact = manifest.num_items == 0 or manifest.num_items < self._exact_below
+            if is_exact != (manifest.index_type == EXACT):
+                raise CorruptArtefactError(
+                    f"it is {manifest.index_type}, which {manifest.num_items} items are not to be "
+                    f"with exact_below = {self._exact_below}"
+                )
+            index = ShardIndex(artefact)
+        except CorruptArtefactError as error:
+            raise _RefusedArtefactError(str(error)) from error
+        _warm_up(index)
+        return index
+
+
+class _RefusedArtefactError(TwoTowerError):
+    """A stored index that cannot be used, while its checkpoint can."""
+
+
+def _warm_up(index: ShardIndex) -> None:
+    """Searches a few times, so that the first request does not pay for untouched pages."""
+    faiss.omp_set_num_threads(1)
+    query = np.zeros((1, index.manifest.dim), dtype=np.float32)  # [1, D]
+    query[0, 0] = 1.0
+    for _ in range(_WARM_UP_SEARCHES):
+        index.search(query, _WARM_UP_K)
+
+
+async def _run_builder(order: BuildOrder, report: Callable[[float], None]) -> str:
+    """Runs a build to its end, and returns the name of the build; empty when another one was published first."""
+    # Popen and not the event loop's own way: it starts by vfork, which neither copies the page tables of a process
+    # that holds gigabytes nor runs gRPC's fork handlers. By this thread, because the child dies with its starter.
+    process = subprocess.Popen(
+        (sys.executable, "-m", "index_service.build", "--parent", str(os.getpid()), order.model_dump_json()),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    _log.info(
+        "process %d builds checkpoint %d at catalogue %s",
+        process.pid,
+        order.checkpoint_version,
+        order.catalogue_version,
+    )
+    try:
+        last = await _last_message(process.stdout, report)
+        status = await asyncio.to_thread(process.wait)
+    finally:
+        process.kill()
+        process.wait()
+    last.raise_failure()
+    if status != 0:
+        raise TwoTowerError(f"the build ended with status {status}; see its log")
+    return last.build
+
+
+async def _last_message(stdout: IO[bytes] | None, report: Callable[[float], None]) -> BuildMessage:
+    """Reads messages until the process closes its stdout."""
+    last = BuildMessage()
+    lines = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), stdout)
+    with closing(pipe):
+        async for line in lines:
+            last = BuildMessage.model_validate_json(line)
+            report(last.progress)
+    return last

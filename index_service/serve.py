@@ -1,0 +1,121 @@
+"""One shard replica as a process: follows the deployment record and the catalogue, and answers.
+
+Deliberately does not know what a search is.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Generic, TypeVar
+
+import uvloop
+from retrieval.index.v1 import index_service_pb2_grpc
+
+from index_service.load import IndexLoader
+from index_service.service import SERVICE_NAME, IndexServicer, search_executor
+from index_service.settings import IndexSettings
+from index_service.versions import Versions
+from towers.catalogue import Catalogue
+from towers.deployment import Deployment, DeploymentStore
+from towers.errors import TwoTowerError
+from towers.rpc import RpcServer, until_stopped
+from towers.store import Store
+
+SHORTEST_CATALOGUE_POLL_S = 1.0
+_NO_CATALOGUE = "the catalogue is not loaded; load it: twotower catalog load items.parquet"
+
+_Value = TypeVar("_Value")
+_log = logging.getLogger(__name__)
+
+
+def run(settings: IndexSettings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains.
+
+    Raises:
+        InvalidInputError: the store's URL is not valid, or the address cannot be bound.
+    """
+    uvloop.run(_serve(settings))
+
+
+async def _serve(settings: IndexSettings) -> None:
+    stopped = asyncio.create_task(until_stopped())
+    store = Store(settings.store)
+    server = RpcServer(
+        settings.address, SERVICE_NAME, drain_s=settings.drain_s, grace_s=settings.grace_s, reflect=settings.reflection
+    )
+    loader = IndexLoader(store, settings.shard, settings.num_shards, settings.exact_below)
+    versions = Versions(loader, lambda: server.set_ready(versions.is_live_available))
+    # More threads than cores would only make searches wait for each other.
+    with search_executor(len(os.sched_getaffinity(0))) as executor:
+        index_service_pb2_grpc.add_IndexServiceServicer_to_server(
+            IndexServicer(versions, executor, settings.shard, settings.num_shards), server.grpc
+        )
+        await server.start()
+        tasks = (
+            asyncio.create_task(versions.run()),
+            asyncio.create_task(_follow_deployment(store, versions, settings.poll_interval_s)),
+            asyncio.create_task(_follow_catalogue(store, versions, settings.poll_interval_s)),
+        )
+        await asyncio.wait((stopped, *tasks), return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        await server.drain_and_stop()
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    _log.info("shard %d of %d has stopped", settings.shard, settings.num_shards)
+
+
+async def _follow_deployment(store: Store, versions: Versions, interval_s: float) -> None:
+    records = DeploymentStore(store)
+    reader: _Reader[Deployment] = _Reader("the deployment record")
+    while True:
+        known = versions.deployment
+        newest = await reader.read(partial(records.newer_than, known) if known.revision else records.current)
+        if newest is not None and newest.revision > known.revision:
+            _log.info(
+                "deployment revision %d: live %s, standby %s",
+                newest.revision,
+                newest.live_version,
+                newest.standby_version,
+            )
+            versions.follow(newest)
+        await asyncio.sleep(interval_s)
+
+
+async def _follow_catalogue(store: Store, versions: Versions, interval_s: float) -> None:
+    catalogue = Catalogue(store)
+    reader: _Reader[str | None] = _Reader("the catalogue")
+    while True:
+        catalogue_version = await reader.read(catalogue.version)
+        if catalogue_version is not None:
+            versions.follow_catalogue(catalogue_version)
+        else:
+            versions.report_catalogue_problem(reader.problem or _NO_CATALOGUE)
+        await asyncio.sleep(max(interval_s, SHORTEST_CATALOGUE_POLL_S))
+
+
+class _Reader(Generic[_Value]):
+    """Reads off the event loop. Where that fails, what is known stays; it is logged once, not at each poll."""
+
+    def __init__(self, what: str) -> None:
+        self.problem = ""
+        self._what = what
+
+    async def read(self, read: Callable[[], _Value]) -> _Value | None:
+        """The value; None when it cannot be read, and `problem` says why."""
+        try:
+            value = await asyncio.to_thread(read)
+        except Exception as error:  # Nothing that a store's client may raise is worth the versions in memory.
+            problem = f"{self._what} cannot be read: {error}"
+            if problem != self.problem:
+                _log.warning("%s; what is loaded stays", problem, exc_info=not isinstance(error, TwoTowerError))
+            self.problem = problem
+            return None
+        if self.problem:
+            _log.info("%s can be read again", self._what)
+        self.problem = ""
+        return value

@@ -1,0 +1,180 @@
+"""The gRPC servicer of one shard: parse, pin the version, search, pack.
+
+Deliberately does not know how versions come and go. The one place of this room that knows the stubs.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import Any, TypeVar
+
+import faiss
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+from retrieval.feature.v1 import feature_pb2
+from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
+
+from index_service.shard import ShardIndex
+from index_service.versions import State, Versions, VersionStatus
+from towers.errors import DeadlineError, InvalidInputError, WrongShardError
+
+SERVICE_NAME = "retrieval.index.v1.IndexService"
+MAX_K = 10_000
+MAX_HITS = 2_000_000
+"""Of one call, all queries together: about half of the largest message."""
+
+_STATES = {
+    State.BUILDING: index_service_pb2.VERSION_STATE_BUILDING,
+    State.LOADING: index_service_pb2.VERSION_STATE_LOADING,
+    State.AVAILABLE: index_service_pb2.VERSION_STATE_AVAILABLE,
+    State.UNLOADING: index_service_pb2.VERSION_STATE_UNLOADING,
+    State.FAILED: index_service_pb2.VERSION_STATE_FAILED,
+}
+_Result = TypeVar("_Result")
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def search_executor(num_threads: int) -> ThreadPoolExecutor:
+    """Threads for searches, each of which keeps to one OpenMP thread: FAISS releases the interpreter lock."""
+    return ThreadPoolExecutor(num_threads, "search", initializer=faiss.omp_set_num_threads, initargs=(1,))
+
+
+class IndexServicer(index_service_pb2_grpc.IndexServiceServicer):
+    """Answers for one shard."""
+
+    def __init__(self, versions: Versions, executor: ThreadPoolExecutor, shard: int, num_shards: int) -> None:
+        self._versions = versions
+        self._executor = executor
+        self._shard = shard
+        self._num_shards = num_shards
+
+    async def Search(  # noqa: N802
+        self, request: index_service_pb2.SearchRequest, context: _Context
+    ) -> index_service_pb2.SearchResponse:
+        """Returns the k best items of this shard for each query embedding."""
+        if (request.shard, request.num_shards) != (self._shard, self._num_shards):
+            raise WrongShardError(
+                f"this is shard {self._shard} of {self._num_shards}, the request is for shard {request.shard} of "
+                f"{request.num_shards}; correct the caller's list of shards"
+            )
+        remaining_s = context.time_remaining()
+        deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
+        with self._versions.pin(request.checkpoint_version) as index:
+            return await self._in_executor(lambda: _answer(index, request, deadline_s))
+
+    async def GetShardStatus(  # noqa: N802
+        self,
+        request: index_service_pb2.GetShardStatusRequest,  # noqa: ARG002
+        context: _Context,  # noqa: ARG002
+    ) -> index_service_pb2.GetShardStatusResponse:
+        """Returns the versions this replica holds and how far each has come."""
+        return index_service_pb2.GetShardStatusResponse(
+            shard=self._shard,
+            num_shards=self._num_shards,
+            deployment_revision=self._versions.deployment.revision,
+            versions=[_status_message(status) for status in self._versions.statuses()],
+        )
+
+    async def _in_executor(self, work: Callable[[], _Result]) -> _Result:
+        future = self._executor.submit(work)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            # A call that was cancelled leaves its search running, and the caller's pin must outlive that.
+            if not future.done():
+                await asyncio.wait((asyncio.wrap_future(future),))
+
+
+def _answer(
+    index: ShardIndex, request: index_service_pb2.SearchRequest, deadline_s: float | None
+) -> index_service_pb2.SearchResponse:
+    if deadline_s is not None and time.monotonic() >= deadline_s:
+        raise DeadlineError("the deadline passed before the search began")
+    embeddings = _embeddings(request, index.manifest.dim)
+    num_hits = request.num_queries * min(request.k, index.num_items)
+    if num_hits > MAX_HITS:
+        raise InvalidInputError(f"num_queries times k is {num_hits}, more than {MAX_HITS}; ask for fewer at a time")
+    hits = index.search(embeddings, request.k, index.rows_of(request.excluded_item_ids))
+    item_ids, item_id_sizes = index.packed_ids(hits.rows)
+    return index_service_pb2.SearchResponse(
+        hit_counts=hits.counts.astype("<u4").tobytes(),
+        scores=hits.scores.astype("<f4").tobytes(),
+        item_ids=item_ids,
+        item_id_sizes=item_id_sizes.astype("<u4").tobytes(),
+        attributes=[
+            feature_pb2.AttributeColumn(
+                name=name, values=[_feature_value(value) for value in index.attribute_values(name, hits.rows)]
+            )
+            for name in request.attribute_names
+        ],
+        checkpoint_version=index.checkpoint_version,
+        catalogue_version=index.manifest.catalogue_version,
+    )
+
+
+def _embeddings(request: index_service_pb2.SearchRequest, dim: int) -> NDArray[np.float32]:
+    if request.num_queries < 1:
+        raise InvalidInputError(f"num_queries is {request.num_queries}; send at least 1")
+    if not 1 <= request.k <= MAX_K:
+        raise InvalidInputError(f"k is {request.k}; ask for 1 to {MAX_K}")
+    size, right_size = len(request.query_embeddings), 4 * request.num_queries * dim
+    if size != right_size:
+        raise InvalidInputError(
+            f"query_embeddings: {size} bytes, but {request.num_queries} float32 embeddings of checkpoint "
+            f"{request.checkpoint_version} (dimension {dim}) are {right_size}"
+        )
+    return np.frombuffer(request.query_embeddings, dtype="<f4").reshape(request.num_queries, dim)  # [B, D]
+
+
+def _feature_value(value: Any) -> feature_pb2.FeatureValue:
+    """An attribute's value: moments and dates as Unix seconds, booleans as `true` and `false`, None as unset."""
+    match value:
+        case None:
+            return feature_pb2.FeatureValue()
+        case bool():
+            return feature_pb2.FeatureValue(string_value="true" if value else "false")
+        case str():
+            return feature_pb2.FeatureValue(string_value=value)
+        case list():
+            return _list_value([entry for entry in value if entry is not None])
+        case _:
+            return feature_pb2.FeatureValue(number_value=_number(value))
+
+
+def _list_value(entries: Sequence[Any]) -> feature_pb2.FeatureValue:
+    if entries and not isinstance(entries[0], str):
+        numbers = feature_pb2.NumberList(values=[_number(entry) for entry in entries])
+        return feature_pb2.FeatureValue(number_list=numbers)
+    return feature_pb2.FeatureValue(string_list=feature_pb2.StringList(values=entries))
+
+
+def _number(value: int | float | Decimal | datetime | date) -> float:
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    if isinstance(value, date):
+        return datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp()
+    return float(value)
+
+
+def _status_message(status: VersionStatus) -> index_service_pb2.VersionStatus:
+    message = index_service_pb2.VersionStatus(
+        checkpoint_version=status.version,
+        state=_STATES[status.state],
+        reason=status.reason,
+        is_corrupt=status.is_corrupt,
+        progress=status.progress,
+    )
+    if status.loaded is not None:
+        manifest = status.loaded.index.manifest
+        message.catalogue_version = manifest.catalogue_version
+        message.num_items = manifest.num_items
+        message.num_quarantined = manifest.num_quarantined
+        message.index_type = manifest.index_type
+        message.size_bytes = status.loaded.index.size_bytes
+        message.loaded_from_store = status.loaded.is_from_store
+        message.golden_difference = manifest.golden_difference
+    return message

@@ -1,0 +1,72 @@
+"""Settings of one shard replica, read once from the environment.
+
+Deliberately does not know what they are used for.
+"""
+
+import re
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from towers.errors import InvalidInputError
+
+_PREFIX = "TWOTOWER_"
+_SHARD_HELP = "say which shard this is, of how many, for example 0/2"
+
+
+class IndexSettings(BaseSettings):
+    """Settings by keyword, else from `TWOTOWER_<NAME>` in the environment.
+
+    Raises:
+        InvalidInputError: settings are missing or wrong; the message names all of them.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
+
+    store: str = Field(min_length=1)
+    """The object store: a folder, or `s3://…`, `gs://…`, `az://…`."""
+    shard: int = Field(ge=0)
+    """Number of this shard; set together with `num_shards` as `shard="0/2"`."""
+    num_shards: int = Field(ge=1)
+    """Number of shards of the catalogue; never set by itself."""
+    address: str = Field(default="127.0.0.1:50061", min_length=1)
+    """`host:port` to listen on, port 0 for any free one, or `unix:/path`."""
+    poll_interval_s: float = Field(default=0.5, gt=0)
+    """Seconds between two looks at the deployment record."""
+    drain_s: float = Field(default=0.5, ge=0)
+    """Seconds between NOT_SERVING and the refusal of new calls at the end."""
+    grace_s: float = Field(default=10.0, ge=0)
+    """Seconds that calls in flight then have to end."""
+    exact_below: int = Field(default=20_000, ge=0)
+    """Shards with fewer items are searched exactly, larger ones through IVF."""
+    reflection: bool = False
+    """Whether the gRPC reflection service is on."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = dict.fromkeys(_in_words(detail) for detail in error.errors())
+            raise InvalidInputError("; ".join(problems)) from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_shard(cls, values: Any) -> Any:
+        """`shard="0/2"` to `shard=0, num_shards=2`; anything else is left for the fields to refuse."""
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(values.get("shard", "")).strip())
+        values = {name: value for name, value in values.items() if name != "num_shards"}
+        if match and int(match.group(1)) < int(match.group(2)):
+            return {**values, "shard": int(match.group(1)), "num_shards": int(match.group(2))}
+        return {**values, "shard": str(values["shard"])} if "shard" in values else values
+
+
+def _in_words(detail: Any) -> str:
+    name = str(detail["loc"][0])
+    if name in ("shard", "num_shards"):
+        return f"{_PREFIX}SHARD: {_SHARD_HELP}"
+    if detail["type"] == "missing":
+        return f"{_PREFIX}{name.upper()} is not set"
+    if detail["type"] == "extra_forbidden":
+        return f"there is no setting {name!r}"
+    return f"{_PREFIX}{name.upper()}={str(detail['input'])!r}: {detail['msg']}"

@@ -1,0 +1,225 @@
+"""One immutable index in memory: the items of one shard under one checkpoint version and one catalogue version.
+
+Deliberately does not know gRPC, the object store, or which other versions are loaded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from index_service.artefact import INDEX, ITEM_HASHES, ITEMS, Artefact, ArtefactManifest, SearchEffort
+from towers.catalogue import ITEM_ID
+from towers.errors import CorruptArtefactError, InvalidInputError
+
+_LARGEST_SQUARED_NORM = 1.01
+_NPROBE_GROWTH = 4
+_NO_ROWS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Results of B queries, H hits in all: those of query 0 first, best first within a query."""
+
+    counts: NDArray[np.int64]
+    """`[B]` hits of each query."""
+    scores: NDArray[np.float32]
+    """`[H]`"""
+    rows: NDArray[np.int64]
+    """`[H]`"""
+
+
+class ShardIndex:
+    """A loaded index. Never changes, so any number of threads may search it."""
+
+    def __init__(self, artefact: Artefact) -> None:
+        """Parses verified files.
+
+        Raises:
+            CorruptArtefactError: the files do not parse, or do not fit together.
+        """
+        self.manifest: ArtefactManifest = artefact.manifest
+        self.size_bytes = len(artefact.files[INDEX])
+        try:
+            self._index: Any = faiss.deserialize_index(np.frombuffer(artefact.files[INDEX], dtype=np.uint8))
+            items = pa.ipc.open_file(pa.BufferReader(artefact.files[ITEMS])).read_all().combine_chunks()
+            self._hashes = np.frombuffer(artefact.files[ITEM_HASHES], dtype="<u8")
+            ids = _contiguous(items.column(ITEM_ID)).cast(pa.large_binary())
+        except (RuntimeError, ValueError, KeyError, pa.ArrowException) as error:
+            raise CorruptArtefactError(f"the stored index of {self} does not load: {error}") from error
+        shape = (self._index.ntotal, self._index.d, self._index.metric_type, len(ids), len(self._hashes))
+        num_items = self.manifest.num_items
+        if shape != (num_items, self.manifest.dim, faiss.METRIC_INNER_PRODUCT, num_items, num_items):
+            raise CorruptArtefactError(f"the stored index of {self}: its files do not fit together: {shape}")
+        # Plain buffers and not one object an item: a load must not hold the interpreter from the searches beside it.
+        _, offsets, utf8 = ids.buffers()
+        self._id_offsets = (
+            np.frombuffer(offsets, dtype="<i8")[ids.offset : ids.offset + num_items + 1]
+            if num_items
+            else np.zeros(1, np.int64)
+        )
+        self._id_utf8: bytes = utf8.to_pybytes() if num_items else b""
+        self._attributes = {
+            name: _contiguous(items.column(name))
+            for name in items.column_names
+            if name != ITEM_ID and _is_servable(items.schema.field(name).type)
+        }
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.manifest.checkpoint_version} at catalogue {self.manifest.catalogue_version}"
+
+    @property
+    def checkpoint_version(self) -> int:
+        """The checkpoint whose item tower made the embeddings."""
+        return self.manifest.checkpoint_version
+
+    @property
+    def num_items(self) -> int:
+        """N."""
+        return self.manifest.num_items
+
+    @property
+    def attribute_names(self) -> tuple[str, ...]:
+        """Attributes that can be asked for: strings, numbers, booleans, moments and lists of strings or numbers."""
+        return tuple(self._attributes)
+
+    def search(self, embeddings: NDArray[np.float32], k: int, excluded_rows: NDArray[np.int64] = _NO_ROWS) -> Hits:
+        """Returns the k best items of each query: k whenever that many are not excluded.
+
+        Args:
+            embeddings: `[B, D]`, row i is the unit embedding of query i.
+            k: At least 1.
+            excluded_rows: Rows that must not be returned, each at most once.
+
+        Raises:
+            InvalidInputError: the embeddings have another dimension, are not finite or are longer than 1, or k is
+                below 1.
+        """
+        # FAISS itself only asserts these, and under `python -O` it would read out of bounds.
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.manifest.dim:
+            raise InvalidInputError(
+                f"query_embeddings: the shape is {list(embeddings.shape)}, "
+                f"checkpoint {self.checkpoint_version} has dimension {self.manifest.dim}"
+            )
+        if not np.isfinite(embeddings).all():
+            raise InvalidInputError("query_embeddings: not all numbers are finite")
+        if (np.einsum("bd,bd->b", embeddings, embeddings) > _LARGEST_SQUARED_NORM).any():
+            raise InvalidInputError("query_embeddings: the rows must be unit vectors")
+        if k < 1:
+            raise InvalidInputError(f"k is {k}; ask for at least 1")
+        num_queries = len(embeddings)
+        num_wanted = min(k, self.num_items - len(excluded_rows))
+        if num_wanted < 1 or num_queries == 0:
+            return Hits(np.zeros(num_queries, dtype=np.int64), np.empty(0, dtype=np.float32), _NO_ROWS)
+        embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+        # The parameters hold only a pointer to the selectors: `excluded` and `allowed` must outlive the search.
+        excluded = faiss.IDSelectorBatch(excluded_rows) if len(excluded_rows) else None
+        allowed = faiss.IDSelectorNot(excluded) if excluded is not None else None
+        if not self.manifest.search_efforts:
+            parameters = faiss.SearchParameters(sel=allowed) if allowed is not None else None  # type: ignore[call-arg]
+            scores, rows = self._index.search(embeddings, num_wanted, params=parameters)  # [B, K], [B, K]
+        else:
+            scores, rows = self._search_lists(embeddings, num_wanted, allowed)  # [B, K], [B, K]
+        is_hit = rows >= 0  # [B, K]
+        return Hits(is_hit.sum(axis=1), scores[is_hit], rows[is_hit])
+
+    def rows_of(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Rows of those ids that this shard holds, each once, rising."""
+        wanted = {item_id.encode() for item_id in item_ids}
+        found: list[int] = []
+        for utf8 in wanted:
+            item_hash = xxhash.xxh3_64_intdigest(utf8)
+            row = int(np.searchsorted(self._hashes, np.uint64(item_hash)))
+            while row < self.num_items and self._hashes[row] == item_hash:
+                if self._utf8_id(row) == utf8:
+                    found.append(row)
+                row += 1
+        return np.array(sorted(found), dtype=np.int64)
+
+    def packed_ids(self, rows: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
+        """UTF-8 ids of rows, one after another without a separator, and `[H]` the size of each in bytes."""
+        starts, ends = self._id_offsets[rows], self._id_offsets[rows + 1]
+        utf8 = self._id_utf8
+        return b"".join(
+            [utf8[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        ), ends - starts
+
+    def attribute_values(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
+        """One attribute of rows, None where an item has none.
+
+        Raises:
+            InvalidInputError: there is no such attribute.
+        """
+        column = self._attributes.get(name)
+        if column is None:
+            raise InvalidInputError(f"attribute_names: unknown attribute {name!r}; known: {sorted(self._attributes)}")
+        return column.take(pa.array(rows)).to_pylist()  # type: ignore[no-any-return]
+
+    def _utf8_id(self, row: int) -> bytes:
+        return self._id_utf8[self._id_offsets[row] : self._id_offsets[row + 1]]
+
+    def _search_lists(
+        self, embeddings: NDArray[np.float32], k: int, allowed: Any
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Searches an IVF index, and once more with more lists for the queries that came back short."""
+        nprobe = _nprobe(self.manifest.search_efforts, k, self._index.nlist)
+        scores, rows = self._index.search(embeddings, k, params=list_parameters(nprobe, allowed))  # [B, K], [B, K]
+        while nprobe < self._index.nlist:
+            is_short = rows[:, -1] < 0  # [B]
+            if not is_short.any():
+                break
+            nprobe = min(nprobe * _NPROBE_GROWTH, self._index.nlist)
+            scores[is_short], rows[is_short] = self._index.search(
+                np.ascontiguousarray(embeddings[is_short]), k, params=list_parameters(nprobe, allowed)
+            )
+        return scores, rows
+
+
+def _nprobe(efforts: Sequence[SearchEffort], k: int, nlist: int) -> int:
+    """The measured effort for k; beyond the largest k measured it grows with k."""
+    for effort in efforts:
+        if k <= effort.k:
+            return effort.nprobe
+    largest = efforts[-1]
+    return min(nlist, -(-largest.nprobe * k // largest.k))
+
+
+def list_parameters(nprobe: int, allowed: Any = None) -> Any:
+    """Parameters of a search through an IVF index.
+
+    Args:
+        nprobe: Lists to probe.
+        allowed: FAISS selector of the rows that may be returned; the caller keeps it alive.
+    """
+    if allowed is None:
+        return faiss.SearchParametersIVF(nprobe=nprobe)  # type: ignore[call-arg]
+    return faiss.SearchParametersIVF(nprobe=nprobe, sel=allowed)  # type: ignore[call-arg]
+
+
+def _contiguous(column: pa.ChunkedArray) -> pa.Array:
+    combined = column.combine_chunks()
+    return combined if isinstance(combined, pa.Array) else pa.concat_arrays(combined.chunks)
+
+
+def _is_servable(kind: pa.DataType) -> bool:
+    types = pa.types
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _is_string(kind.value_type) or _is_number(kind.value_type)
+    return (
+        _is_string(kind)
+        or _is_number(kind)
+        or any(is_kind(kind) for is_kind in (types.is_boolean, types.is_timestamp, types.is_date, types.is_null))
+    )
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
