@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from towers.errors import ConflictError, CorruptArtefactError, NotFoundError, TwoTowerError
+from towers.errors import ConflictError, CorruptArtefactError, InvalidSchemaError, NotFoundError, TwoTowerError
 from towers.schema import FeatureSchema, Owner, schema_from_json
 from towers.store import Store
 
@@ -22,7 +22,6 @@ MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
 GOLDEN = "golden.json"
 TOWER_FILES: Mapping[Owner, str] = {"query": "query_tower.onnx", "item": "item_tower.onnx"}
-_VOCABULARY = re.compile(r"vocabulary/([A-Za-z][A-Za-z0-9_]*)\.json")
 
 
 class FileDigest(BaseModel):
@@ -131,13 +130,19 @@ class CheckpointStore:
             CorruptArtefactError: a file is missing, differs from the manifest or cannot be parsed.
         """
         manifest = self.manifest(version)
-        schema = schema_from_json(self._verified(manifest, SCHEMA))
+        try:
+            schema = schema_from_json(self._verified(manifest, SCHEMA))
+        except InvalidSchemaError as error:
+            raise CorruptArtefactError(f"checkpoint {version}: {SCHEMA} is not a schema: {error}") from error
         if schema.fingerprint != manifest.schema_fingerprint:
             raise CorruptArtefactError(f"checkpoint {version}: {SCHEMA} is not the schema that the manifest names")
         vocabularies: dict[str, list[str]] = {}
-        for path in manifest.files:
-            if match := _VOCABULARY.fullmatch(path):
-                vocabularies[match.group(1)] = _parsed(version, path, self._verified(manifest, path))
+        for name in schema.vocabulary_names():
+            path = _vocabulary(name)
+            tokens = _parsed(version, path, self._verified(manifest, path))
+            if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+                raise CorruptArtefactError(f"checkpoint {version}: {path} is not a list of strings")
+            vocabularies[name] = tokens
         golden = _parsed(version, GOLDEN, self._verified(manifest, GOLDEN))
         try:
             examples = GoldenExamples.model_validate(golden[owner])
@@ -171,20 +176,29 @@ class CheckpointStore:
             code_revision=draft.code_revision,
             parent_version=draft.parent_version,
         )
-        written: list[str] = []
+        files[MANIFEST] = manifest.model_dump_json(indent=1).encode()
+        is_claimed = False
         try:
             for path, content in files.items():
                 self._store.put_new(_path(version, path), content)
-                written.append(path)
-            self._store.put_new(_path(version, MANIFEST), manifest.model_dump_json(indent=1).encode())
+                is_claimed = True
         except TwoTowerError as error:
-            # The claim goes last, so that nobody takes the number while files of ours are left.
-            for path in reversed(written):
-                self._store.delete(_path(version, path))
+            if self._holds_manifest(version, files[MANIFEST]):
+                return manifest  # Only the answer was lost.
+            if is_claimed:
+                # The claim goes last, so that nobody takes the number while files of ours are left.
+                for path in reversed(files):
+                    self._store.delete(_path(version, path))
             if isinstance(error, ConflictError):
                 raise ConflictError(f"another publisher took checkpoint {version}; publish again") from error
             raise
         return manifest
+
+    def _holds_manifest(self, version: int, content: bytes) -> bool:
+        try:
+            return self._store.get(_path(version, MANIFEST)) == content
+        except NotFoundError:
+            return False
 
     def _verified(self, manifest: Manifest, path: str) -> bytes:
         digest = manifest.files.get(path)
@@ -205,6 +219,10 @@ def _path(version: int, file: str) -> str:
     return f"{FOLDER}/{version}/{file}"
 
 
+def _vocabulary(name: str) -> str:
+    return f"vocabulary/{name}.json"
+
+
 def _parsed(version: int, path: str, content: bytes) -> Any:
     try:
         return json.loads(content)
@@ -216,7 +234,7 @@ def _file_contents(draft: CheckpointDraft) -> dict[str, bytes]:
     golden = {owner: examples.model_dump(mode="json") for owner, examples in draft.golden.items()}
     files = {SCHEMA: draft.schema.to_json(), GOLDEN: json.dumps(golden).encode()}
     for name, tokens in draft.vocabularies.items():
-        files[f"vocabulary/{name}.json"] = json.dumps(list(tokens)).encode()
+        files[_vocabulary(name)] = json.dumps(list(tokens)).encode()
     for owner, file in TOWER_FILES.items():
         files[file] = draft.towers[owner]
     return files

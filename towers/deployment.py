@@ -122,9 +122,12 @@ class DeploymentStore:
 
     def _read(self, revision: int) -> Deployment:
         try:
-            return Deployment.model_validate_json(self._store.get(_path(revision)))
+            deployment = Deployment.model_validate_json(self._store.get(_path(revision)))
         except ValidationError as error:
             raise CorruptArtefactError(f"deployment revision {revision} is not valid: {error}") from error
+        if deployment.revision != revision:
+            raise CorruptArtefactError(f"deployment revision {revision}: the record says {deployment.revision}")
+        return deployment
 
 
 def _next(current: Deployment, live: int | None, standby: int | None, *, held: bool, reason: str) -> Deployment:

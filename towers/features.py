@@ -132,8 +132,9 @@ class FeatureEncoder:
                 shared = self._by_name[feature.items]
                 assert isinstance(shared, CategoricalFeature)
                 token_id = self._token_id(shared)
+                left_out = UNKNOWN_ID if shared.hash_buckets is None else None
                 return lambda values: _pad(
-                    [_sequence_ids(feature, row, value, token_id) for row, value in enumerate(values)]
+                    [_sequence_ids(feature, row, value, token_id, left_out) for row, value in enumerate(values)]
                 )
             case NumberFeature():
                 return lambda values: _encode_number(feature, values)
@@ -163,14 +164,14 @@ def category_token(value: Any) -> str | None:
     Raises:
         InvalidFeatureError: the value is neither a string, an integer nor a boolean.
     """
-    if value is None or value == "":
+    if value is None:
         return None
     if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
+        return value or None
+    if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
+    if isinstance(value, int | np.integer):
+        return str(int(value))
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     raise InvalidFeatureError(f"expected a string or an integer, got {_described(value)}")
@@ -186,11 +187,15 @@ def finite_number(value: Any) -> float | None:
         return None
     if isinstance(value, datetime):
         value = (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise InvalidFeatureError(f"expected a number, got {_described(value)}")
-    if not math.isfinite(value):
-        raise InvalidFeatureError(f"expected a finite number, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise InvalidFeatureError("expected a number that fits 64 bits, got a larger integer") from error
+    if not math.isfinite(number):
+        raise InvalidFeatureError(f"expected a finite number, got {number}")
+    return number
 
 
 def scaled_number(feature: NumberFeature, value: float) -> float:
@@ -233,10 +238,12 @@ def _list_ids(feature: CategoricalListFeature, row: int, value: RawValue, token_
     return [token_id(token) for token in _tokens(feature, row, value)][: feature.max_length]
 
 
-def _sequence_ids(feature: SequenceFeature, row: int, value: RawValue, token_id: Callable[[str], int]) -> list[int]:
-    """Items that the model has never seen say nothing and are left out."""
+def _sequence_ids(
+    feature: SequenceFeature, row: int, value: RawValue, token_id: Callable[[str], int], left_out: int | None
+) -> list[int]:
+    """Items that the model has never seen say nothing and are left out; hash buckets know no unknown id."""
     ids = [token_id(token) for token in _tokens(feature, row, value)]
-    return [token for token in ids if token != UNKNOWN_ID][-feature.max_length :]
+    return [token for token in ids if token != left_out][-feature.max_length :]
 
 
 def _text_ids(feature: TextFeature, row: int, value: RawValue) -> list[int]:
@@ -300,11 +307,16 @@ def _encode_vector(feature: VectorFeature, values: Sequence[RawValue]) -> NDArra
         if len(value) != feature.size:
             raise _failure(feature, row, f"expected {feature.size} numbers, got {len(value)}")
         try:
-            encoded[row] = value
-        except (TypeError, ValueError) as error:
+            numbers = np.asarray(value)
+        except ValueError as error:
             raise _failure(feature, row, "expected a list of numbers") from error
+        # Asked of numpy, because assigning would turn "1" and True into 1.0.
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
+            raise _failure(feature, row, "expected a list of numbers")
+        with np.errstate(over="ignore"):
+            encoded[row] = numbers
         if not np.isfinite(encoded[row]).all():
-            raise _failure(feature, row, "expected finite numbers")
+            raise _failure(feature, row, "expected finite numbers that fit 32 bits")
     return encoded
 
 

@@ -22,7 +22,7 @@ _OWNER_SOURCES: Mapping[str, tuple[str, ...]] = {"query": ("users", "history"), 
 class _Feature(BaseModel):
     """What all kinds share."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)
     owner: Owner
@@ -206,7 +206,11 @@ def parse_schema(declarations: Sequence[Mapping[str, Any]]) -> FeatureSchema:
         CrossTowerFeatureError: a feature's source is the interaction table (first layer of the two-tower rule).
         InvalidSchemaError: anything else; the message names the feature and the field.
     """
-    for declaration in declarations:
+    if isinstance(declarations, str) or not isinstance(declarations, Sequence):
+        raise InvalidSchemaError(f"features: expected a list of declarations, got {type(declarations).__name__}")
+    for position, declaration in enumerate(declarations, start=1):
+        if not isinstance(declaration, Mapping):
+            raise InvalidSchemaError(f"feature number {position}: expected a table of fields, got {declaration!r}")
         if declaration.get("source") == "interactions":
             raise CrossTowerFeatureError(
                 f"feature {declaration.get('name', '?')!r}: its source is the interaction table, so it differs for "

@@ -41,12 +41,14 @@ class Store:
         """
         self.storage_options: dict[str, str]
         """The same limits as text, for libraries that open a table below `url` themselves."""
+        if not url:
+            raise InvalidInputError("store: give a folder or one of s3://, gs://, az://")
         scheme, separator, _ = url.partition("://")
         if separator and scheme != "file":
             if scheme not in _REMOTE_SCHEMES:
                 raise InvalidInputError(f"store {url!r}: use a folder or one of s3://, gs://, az://")
             self.url = url.rstrip("/")
-            with _translated(url):
+            try:
                 # Given client options, obstore no longer reads this one from the environment.
                 allow_http = _is_true(os.environ.get(f"{_REMOTE_SCHEMES[scheme]}_ALLOW_HTTP", ""))
                 self._objects: ObjectStore = from_url(
@@ -58,6 +60,8 @@ class Store:
                     },
                     retry_config={"max_retries": _MAX_RETRIES},
                 )
+            except (BaseError, ValueError) as error:  # Nothing was contacted yet: the URL or the environment is wrong.
+                raise InvalidInputError(f"store {url!r}: {_first_line(error)}") from error
             self.storage_options = {
                 "connect_timeout": _CONNECT_TIMEOUT,
                 "timeout": _TIMEOUT,
@@ -119,6 +123,10 @@ def _is_true(value: str) -> bool:
     return value.strip().lower() in ("1", "true", "yes", "on")
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
     try:
@@ -126,5 +134,4 @@ def _translated(what: str) -> Iterator[None]:
     except (FileNotFoundError, ObjectNotFoundError) as error:
         raise NotFoundError(f"{what} is not in the store") from error
     except (BaseError, OSError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise StoreUnavailableError(f"{what}: {first_line}") from error
+        raise StoreUnavailableError(f"{what}: {_first_line(error)}") from error

@@ -78,7 +78,12 @@ class Tower:
     def _replay_golden(self, files: TowerFiles) -> float:
         if not files.golden.features:
             raise CorruptArtefactError(f"checkpoint {self.version}: it has no golden {self.owner} examples")
-        expected: NDArray[Any] = np.array(files.golden.embeddings, dtype=np.float64)
+        try:
+            expected: NDArray[Any] = np.array(files.golden.embeddings, dtype=np.float64)
+        except ValueError as error:
+            raise CorruptArtefactError(
+                f"checkpoint {self.version}: its golden {self.owner} embeddings differ in length"
+            ) from error
         try:
             actual = self.embed_rows(files.golden.features)
         except TwoTowerError as error:
