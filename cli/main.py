@@ -59,9 +59,9 @@ def run(arguments: Sequence[str]) -> int:
         The exit code: 0; 1 for a failure, 2 for wrong input, 130 after Ctrl-C. A failure is one line on stderr.
     """
     try:
-        result = app(list(arguments), standalone_mode=False)
+        result = app(list(arguments), prog_name="twotower", standalone_mode=False)
     except typer.TyperException as error:
-        return _fail(error.exit_code, f"{error.format_message()} See: {_usage(arguments)}")
+        return _fail(error.exit_code, f"{error.format_message().rstrip('.')}; see {_usage(arguments)}")
     except (KeyboardInterrupt, typer.Abort):
         return _fail(130, "interrupted")
     except Exception as error:
