@@ -11,7 +11,12 @@ from pathlib import Path
 import boto3
 import pytest
 from child_process import tied_python
+from hypothesis import HealthCheck, settings
 from valkey_server import ValkeyServer
+
+# No timed assertions: a slow machine is no failure. No database: each run stands alone.
+settings.register_profile("tests", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 

@@ -89,6 +89,8 @@ class Store:
                 obstore.put(self._objects, path, content, mode="create", use_multipart=False)
             except (AlreadyExistsError, ObjectPreconditionError, FileExistsError) as error:
                 raise ConflictError(f"{path} exists already") from error
+            except (FileNotFoundError, ObjectNotFoundError) as error:
+                raise StoreUnavailableError(f"{path}: the bucket does not exist: {_first_line(error)}") from error
 
     def get(self, path: str) -> bytes:
         """Reads an object.

@@ -490,7 +490,7 @@ def test_values_come_back_as_they_were(store_url: str) -> None:
     assert _rows(catalogue)["11"] == {"tags": [], "price": 3.0, "wide": 4}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     ids=st.lists(
         st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), min_size=1, max_size=40),
