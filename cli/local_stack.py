@@ -101,7 +101,7 @@ class LocalStack:
             ports = _free_ports(1 + num_shards)
         self.query_address = f"{HOST}:{ports[0]}"
         self.shard_addresses = tuple(f"{HOST}:{port}" for port in ports[1:])
-        self._store = store
+        self.store = store
         self._logs = folder.absolute() / "logs"
         self._grace_s = grace_s
         # The path of a unix socket has a limit of about 100 bytes, which a folder of the user's may reach.
@@ -252,7 +252,7 @@ class LocalStack:
         shards = ",".join(self.shard_addresses)
         num_shards = len(self.shard_addresses)
         program = [sys.executable, "-m", "cli.main"]
-        store = {"TWOTOWER_STORE": self._store}
+        store = {"TWOTOWER_STORE": self.store}
         return [
             ProcessSpec(VALKEY, _valkey_command(self._socket_folder), {}, "", ""),
             *(

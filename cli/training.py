@@ -28,6 +28,10 @@ def train(
     """Train both towers and publish them as a new checkpoint. Ctrl-C is safe: --resume goes on."""
     from cli.failures import INTERRUPTED
     from cli.screen import screen
+    from trainer.config import read_config
+
+    # Before torch, whose import takes seconds.
+    read_config(config)
     from trainer import run
 
     try:
