@@ -115,14 +115,6 @@ def test_version(twotower: Twotower) -> None:
     assert re.fullmatch(r"twotower \d+\.\d+\.\d+\n", twotower("--version").out)
 
 
-def test_a_failing_training_configuration_ends_with_exit_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cli.main", "train", "no.toml", "--store", "store"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: no.toml: ")
-    assert result.stderr.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     "arguments", [["index", "--shard", "0/1"], ["query", "--shards", "127.0.0.1:1"]], ids=["index", "query"]
 )
