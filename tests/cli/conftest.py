@@ -1,12 +1,9 @@
-"""The command in this process, a store with toy checkpoints and a catalogue, and the whole stack."""
-
-from collections.abc import Iterator
+"""The command in this process, and a store with toy checkpoints and a catalogue."""
 
 import pytest
 from command_outcome import Outcome, Twotower
 from toy_checkpoint import toy_items, toy_model
 
-from cli.local_stack import LocalStack
 from cli.main import run
 from towers.catalogue import Catalogue
 from towers.checkpoint import CheckpointStore
@@ -36,15 +33,3 @@ def store(folder_url: str) -> Store:
         model = toy_model(dim=4 + 4 * seed, seed=seed)
         CheckpointStore(store).publish(model.draft({"test.recall_at_10": 0.1 * seed, "validation.recall_at_10": 0.5}))
     return store
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    """Everything that serves, ready at the one version there is."""
-    folder = tmp_path_factory.mktemp("stack")
-    store = Store(str(folder / "store"))
-    Catalogue(store).upsert(toy_items())
-    CheckpointStore(store).publish(toy_model().draft())
-    with LocalStack(store=store.url, folder=folder, query_port=0) as stack:
-        stack.wait_ready(timeout_s=60.0)
-        yield stack

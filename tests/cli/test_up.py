@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from child_process import tied
 from command_outcome import Outcome, Twotower
-from test_local_stack import is_running, wait_until_gone
+from running import is_running, wait_until_gone
 from toy_checkpoint import toy_items, toy_model
 
 from towers.catalogue import Catalogue
