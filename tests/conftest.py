@@ -21,13 +21,22 @@ settings.load_profile("tests")
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
 _S3_SERVER = """
-import logging, signal
-from moto.server import ThreadedMotoServer
+import logging, threading
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print("http://%s:%s" % server.get_host_and_port(), flush=True)
-signal.pause()
+s3 = DomainDispatcherApplication(create_backend_app)
+lock = threading.Lock()
+
+def one_at_a_time(environment, start_response):
+    # Put-if-absent is two steps in moto, one in S3.
+    with lock:
+        return s3(environment, start_response)
+
+server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=MotoRequestHandler)
+print("http://%s:%s" % server.server_address, flush=True)
+server.serve_forever()
 """
 
 
