@@ -7,8 +7,9 @@ import asyncio
 import logging
 import random
 import struct
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import numpy as np
 import redis.asyncio
@@ -29,6 +30,7 @@ _MOST_WRITES = 64
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 5.0
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +56,8 @@ class EmbeddingCache:
         self.num_errors = 0
         self._ttl_s = ttl_s
         self._timeout_s = timeout_s
-        self._writes: set[asyncio.Task[None]] = set()
+        self._commands: set[asyncio.Task[Any]] = set()
+        self._num_writes = 0
         self._probing: asyncio.Task[None] | None = None
         # Only to look at until the first command.
         self._redis = redis.asyncio.Redis(
@@ -90,10 +93,11 @@ class EmbeddingCache:
         if not self.is_enabled:
             return found
         if self.is_reachable:
+            keys = [_key(version, digest) for digest in digests]
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    values = await self._redis.mget([_key(version, digest) for digest in digests])
-            except (RedisError, OSError, TimeoutError, ValueError) as error:
+                    values = await asyncio.shield(self._started(self._read(keys)))
+            except Exception as error:  # Whatever it is, the tower knows the answer.
                 self._failed(error)
             else:
                 for position, (value, digest) in enumerate(zip(values, digests, strict=True)):
@@ -113,34 +117,45 @@ class EmbeddingCache:
             digests: B digests.
             embeddings: `[B, D]`
         """
-        if not self.is_enabled or not self.is_reachable or len(self._writes) >= _MOST_WRITES:
+        if not self.is_enabled or not self.is_reachable or self._num_writes >= _MOST_WRITES:
             return
         values = {
             _key(version, digest): _value(version, digest, embedding)
             for digest, embedding in zip(digests, embeddings, strict=True)
         }
-        writing = asyncio.create_task(self._write(values))
-        self._writes.add(writing)
-        writing.add_done_callback(self._writes.discard)
+        self._num_writes += 1
+        self._started(self._write(values))
 
     async def close(self) -> None:
-        """Drops the writes under way and disconnects."""
-        tasks = [*self._writes, *([self._probing] if self._probing else [])]
+        """Drops what is under way and disconnects."""
+        tasks = [*self._commands, *([self._probing] if self._probing else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._redis.aclose()
-        await self._redis.connection_pool.disconnect()
+        with suppress(RedisError):
+            await self._redis.connection_pool.disconnect()
+
+    def _started(self, command: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """A command in a task of its own, which ends by itself: cancelled, it could lose a connection of the pool."""
+        task = asyncio.create_task(command)
+        self._commands.add(task)
+        task.add_done_callback(self._commands.discard)
+        return task
+
+    async def _read(self, keys: Sequence[str]) -> Sequence[Any]:
+        return await self._redis.mget(keys)
 
     async def _write(self, values: dict[str, bytes]) -> None:
         try:
-            async with asyncio.timeout(self._timeout_s), self._redis.pipeline(transaction=False) as pipeline:
+            async with self._redis.pipeline(transaction=False) as pipeline:
                 for key, value in values.items():
                     jitter = random.uniform(1 - _LARGEST_JITTER, 1 + _LARGEST_JITTER)  # noqa: S311
                     pipeline.set(key, value, px=max(1, round(1000 * self._ttl_s * jitter)))
                 await pipeline.execute()
-        except (RedisError, OSError, TimeoutError, ValueError) as error:
+        except Exception as error:  # It is stored at the next miss.
             self._failed(error)
+        finally:
+            self._num_writes -= 1
 
     def _failed(self, error: Exception) -> None:
         self.num_errors += 1
@@ -157,9 +172,8 @@ class EmbeddingCache:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             try:
-                async with asyncio.timeout(self._timeout_s):
-                    await self._redis.ping()
-            except (RedisError, OSError, TimeoutError, ValueError):
+                await self._redis.ping()
+            except Exception:  # noqa: S112 - the log says already that it does not answer.
                 continue
             _log.info("the embedding cache answers again")
             self._probing = None

@@ -9,32 +9,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from query_service.versions import Pin
 from towers.features import Arrays
 
 DIGEST_BYTES = 32
 
 
-def digests_of(arrays: Arrays, pin: Pin) -> list[bytes]:
-    """BLAKE2b digests of encoded rows, keyed by the tower's fingerprint.
+def digests_of(arrays: Arrays, fingerprint: bytes) -> list[bytes]:
+    """BLAKE2b digests of encoded rows, keyed by the fingerprint of the tower that embeds them.
 
     Padding does not count: a row has the same digest in every batch. Equal digests mean equal embeddings.
 
     Args:
-        arrays: Encoded features of B rows.
-        pin: The version whose encoder made them.
+        arrays: Encoded features of B rows, in the order of the schema.
+        fingerprint: At most 64 bytes.
 
     Returns:
         B digests.
     """
     columns = []
-    for feature in pin.tower.encoder.features:
-        array = arrays[feature.name]
-        header = b"".join(_prefixed(text.encode()) for text in (feature.name, array.dtype.str))
+    for name, array in arrays.items():
+        header = b"".join(_prefixed(text.encode()) for text in (name, array.dtype.str))
         columns.append((header, array, _lengths(array)))
     digests = []
     for row in range(len(columns[0][1])):
-        digest = hashlib.blake2b(digest_size=DIGEST_BYTES, key=pin.fingerprint)
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES, key=fingerprint)
         for header, array, lengths in columns:
             values = array[row] if lengths is None else array[row, : lengths[row]]
             digest.update(header + _prefixed(values.tobytes()))

@@ -47,7 +47,7 @@ class Embedder:
         if not self._cache.is_enabled:
             embeddings = await self._tower_pass(arrays, list(range(num_queries)), pin)
             return Embedded(embeddings, [False] * num_queries)
-        digests = await self._offload.run(num_queries, digests_of, arrays, pin)
+        digests = await self._offload.run(num_queries, digests_of, arrays, pin.fingerprint)
         found = await self._cache.get(pin.version, digests, pin.tower.dim)
         missing = [position for position, embedding in enumerate(found) if embedding is None]
         embeddings = np.empty((num_queries, pin.tower.dim), dtype=np.float32)  # [B, D]

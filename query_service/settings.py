@@ -102,4 +102,6 @@ def _in_words(detail: Any) -> str:
     variable = name if name.upper() == name else _PREFIX + name.upper()
     if detail["type"] == "missing":
         return f"{variable} is not set"
+    if detail["type"] == "extra_forbidden":
+        return f"there is no setting {name!r}"
     return f"{variable}: {str(detail['msg']).removeprefix('Value error, ')}"

@@ -91,7 +91,7 @@ class Versions:
         self._poll_interval_s = poll_interval_s
         self._slots: dict[int, _Slot] = {}
         self._adopted: Pin | None = None
-        self._is_store_readable = True
+        self._problem = ""
         self._is_asked = asyncio.Event()
         self._askers: list[asyncio.Future[None]] = []
         self.deployment = NO_DEPLOYMENT
@@ -156,16 +156,15 @@ class Versions:
     async def _read_record(self) -> None:
         try:
             deployment = await asyncio.to_thread(self._newest_record)
-        except Exception as error:
-            if self._is_store_readable:
-                _log.warning("the deployment record cannot be read, keeping what is loaded: %s", error)
-                if not isinstance(error, TwoTowerError):
-                    _log.exception("reading the deployment record failed")
-            self._is_store_readable = False
+        except Exception as error:  # Nothing that a store's client may raise is worth the towers in memory.
+            if not self._problem:
+                is_bug = not isinstance(error, TwoTowerError)
+                _log.warning("the deployment record cannot be read, what is loaded stays: %s", error, exc_info=is_bug)
+            self._problem = f"the deployment record cannot be read: {error}"
             return
-        if not self._is_store_readable:
+        if self._problem:
             _log.info("the deployment record can be read again")
-        self._is_store_readable = True
+        self._problem = ""
         self.deployment = deployment
         self._settle()
 
@@ -203,11 +202,12 @@ class Versions:
             try:
                 slot.pin = await asyncio.to_thread(self._load, slot.version)
             except TwoTowerError as error:
+                if str(error) != slot.failure:
+                    _log.warning("version %d is refused, and tried again: %s", slot.version, error)
                 slot.failure, slot.is_corrupt = str(error), isinstance(error, CorruptArtefactError | InvalidInputError)
-                _log.warning("version %d is refused, trying again in %.1f s: %s", slot.version, pause_s, error)
             except Exception:
+                _log.exception("version %d does not load, and is tried again", slot.version)
                 slot.failure, slot.is_corrupt = "internal error; see the log", False
-                _log.exception("version %d does not load, trying again in %.1f s", slot.version, pause_s)
             else:
                 _log.info("version %d is loaded", slot.version)
                 slot.loading = None
@@ -222,8 +222,8 @@ class Versions:
         return Pin(version, Tower(files), fingerprint)
 
     def _why_not_ready(self) -> str:
-        if not self._is_store_readable:
-            return "the object store cannot be read"
+        if self._problem:
+            return self._problem
         if self.deployment.live_version is None:
             return "no version is live; see twotower status"
         slot = self._slots[self.deployment.live_version]

@@ -64,6 +64,8 @@ class TowerStatus:
     state: Literal["loading", "available", "failed", "unknown"]
     reason: str
     """Why it failed; empty otherwise."""
+    is_corrupt: bool
+    """Whether it failed because the checkpoint itself is at fault: trying again cannot heal that."""
     golden_difference: float
     """Largest absolute difference to the golden embeddings of the checkpoint."""
 
@@ -155,6 +157,7 @@ def status_of(response: query_service_pb2.GetStatusResponse) -> ServiceStatus:
                 tower.checkpoint_version,
                 _STATES.get(tower.state, "unknown"),
                 tower.reason,
+                tower.is_corrupt,
                 tower.golden_difference,
             )
             for tower in response.towers
