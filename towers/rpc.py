@@ -34,8 +34,9 @@ CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # The default backs off for up to two minutes: a restarted server would stay unseen for as long.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Despite its name the time that connecting may take: with 100, a peer that is busy for as long is UNAVAILABLE.
+    ("grpc.min_reconnect_backoff_ms", 2000),
 )
 
 _log = logging.getLogger(__name__)
