@@ -39,6 +39,9 @@ CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.min_reconnect_backoff_ms", 2000),
 )
 
+_MAX_DETAILS = 1000
+"""Characters of an error's message: a client refuses trailers above 8 to 16 KiB, and one takes up to 12 bytes."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +67,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             except TwoTowerError as error:
                 if error.status in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
                     _log.exception("%s failed", handler_call_details.method)
-                await context.abort(error.status, str(error))
+                await context.abort(error.status, _details(error))
             except Exception:
                 _log.exception("%s failed", handler_call_details.method)
                 await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
@@ -74,6 +77,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+def _details(error: TwoTowerError) -> str:
+    """The message, cut so that it fits a trailer, with nothing that UTF-8 cannot say: either would lose the status."""
+    return str(error)[:_MAX_DETAILS].encode("utf-8", "backslashreplace").decode()
 
 
 class RpcServer:
