@@ -4,6 +4,7 @@ Deliberately does not know how they work; it starts them, watches them and ends 
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ MAX_SHARDS = 64
 
 _INDEX_SERVICE = index_service_pb2.DESCRIPTOR.services_by_name["IndexService"].full_name
 _QUERY_SERVICE = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
+_PORTS_NOT_HANDED_OUT = range(20_000, 32_768)
 _GRACE_S = 15.0
 """Longer than the services' own drain and grace."""
 _POLL_S = 0.05
@@ -355,15 +357,18 @@ def _answers_ping(path: Path) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free now: all are held until the last is found, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for free in sockets:
-            free.bind((HOST, 0))
-        return [free.getsockname()[1] for free in sockets]
-    finally:
-        for free in sockets:
-            free.close()
+    """Different ports that are free now.
+
+    Not those that the system hands out (port 0): until the process listens, seconds later, any connection that
+    somebody opens could be given the same one.
+    """
+    ports: list[int] = []
+    for port in random.sample(_PORTS_NOT_HANDED_OUT, len(_PORTS_NOT_HANDED_OUT)):
+        if len(ports) == count:
+            break
+        if _is_free(f"{HOST}:{port}"):
+            ports.append(port)
+    return ports
 
 
 def _is_free(address: str) -> bool:

@@ -30,12 +30,13 @@ def test_nothing_is_ready_without_a_checkpoint_and_nothing_is_left(tmp_path: Pat
 
 @pytest.mark.parametrize(("offset", "name"), [(0, "query"), (10, "shard-0"), (11, "shard-1")])
 def test_a_port_in_use_is_named_and_nothing_starts(tmp_path: Path, offset: int, name: str) -> None:
+    port = int(LocalStack(store="", folder=tmp_path, query_port=0).query_address.rpartition(":")[2])
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.bind(("127.0.0.1", port + offset))
         taken.listen()
-        port = taken.getsockname()[1]
-        stack = LocalStack(store=str(tmp_path), folder=tmp_path, query_port=port - offset)
-        with pytest.raises(InvalidInputError, match=f"{name} cannot listen on 127.0.0.1:{port}: another process does"):
+        stack = LocalStack(store=str(tmp_path), folder=tmp_path, query_port=port)
+        message = f"{name} cannot listen on 127.0.0.1:{port + offset}: another process does"
+        with pytest.raises(InvalidInputError, match=message):
             stack.start()
         stack.stop()
     assert not (tmp_path / "logs").exists()
