@@ -1,0 +1,191 @@
+import dataclasses
+import io
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from towers.errors import InvalidInputError
+from trainer import state
+from trainer.config import TrainerConfig
+from trainer.encode import EncodedQueries, Tensors
+from trainer.model import TwoTowers
+from trainer.run import prepare
+from trainer.train import TrainingExamples, train_towers
+
+Configure = Callable[..., TrainerConfig]
+ORIGIN = {"config": {}, "file": {}}
+
+
+def run(
+    config: TrainerConfig,
+    folder: Path,
+    state_file: Path,
+    interrupt_at: int | None = None,
+    resumed: state.RunState | None = None,
+    console: Console | None = None,
+) -> state.RunState:
+    """Trains in the toy world; Ctrl-C comes while the given step, counted from 1 over all epochs, reads its batch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        prepared = prepare(config, folder)
+        model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model)
+        examples = prepared.examples
+        if interrupt_at is not None:
+            examples = dataclasses.replace(examples, queries=_Interrupting(examples.queries, interrupt_at))
+        return train_towers(
+            model,
+            prepared.items,
+            examples,
+            prepared.validation,
+            config,
+            ORIGIN,
+            state_file,
+            console or Console(file=io.StringIO()),
+            resumed,
+        )
+
+
+class _Interrupting(EncodedQueries):
+    """Queries whose nth batch brings a real SIGINT."""
+
+    def __init__(self, queries: EncodedQueries, interrupt_at: int) -> None:
+        super().__init__(queries.users, queries.user_features, queries.histories)
+        object.__setattr__(self, "countdown", interrupt_at)
+
+    def batch(self, rows: Tensor) -> Tensors:
+        object.__setattr__(self, "countdown", self.countdown - 1)  # type: ignore[attr-defined]
+        if self.countdown == 0:  # type: ignore[attr-defined]
+            signal.raise_signal(signal.SIGINT)
+        return super().batch(rows)
+
+
+def assert_equal(first: state.RunState, second: state.RunState) -> None:
+    """Bit for bit."""
+    assert first.progress == second.progress
+    assert torch.equal(first.random_state, second.random_state)
+    for name, tensor in first.parameters.items():
+        assert torch.equal(tensor, second.parameters[name]), name
+        assert torch.equal(first.best_parameters[name], second.best_parameters[name]), name
+        for moment, value in first.moments[name].items():
+            assert torch.equal(value, second.moments[name][moment]), (name, moment)
+
+
+@pytest.mark.parametrize("interrupt_at", [1, 20, 30])
+def test_a_resumed_run_equals_an_undisturbed_one(
+    world: Path, configure: Configure, tmp_path: Path, interrupt_at: int
+) -> None:
+    """15 steps an epoch: after the first step, in the middle of the second epoch, and after its last step."""
+    config = configure(training__epochs=3)
+    undisturbed = run(config, world, tmp_path / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, world, tmp_path / "interrupted", interrupt_at)
+    saved = state.load_state(tmp_path / "interrupted")
+    assert (saved.progress.epoch, saved.progress.step) == divmod(interrupt_at, 15) if interrupt_at != 30 else (1, 15)
+    resumed = run(config, world, tmp_path / "interrupted", resumed=saved)
+    assert_equal(resumed, undisturbed)
+    # The files hold the last parameters, the returned states the best.
+    assert_equal(state.load_state(tmp_path / "interrupted"), state.load_state(tmp_path / "undisturbed"))
+    assert config.model.dropout > 0
+
+
+def test_a_finished_run_is_not_trained_again(world: Path, configure: Configure, tmp_path: Path) -> None:
+    config = configure(training__epochs=2)
+    finished = run(config, world, tmp_path / "state")
+    assert finished.progress.is_finished
+    output = io.StringIO()
+    again = run(
+        config,
+        world,
+        tmp_path / "state",
+        resumed=state.load_state(tmp_path / "state"),
+        console=Console(file=output),
+    )
+    assert "epoch" not in output.getvalue()
+    assert_equal_parameters(again, finished)
+
+
+def assert_equal_parameters(first: state.RunState, second: state.RunState) -> None:
+    for name, tensor in first.parameters.items():
+        assert torch.equal(tensor, second.parameters[name]), name
+
+
+def test_the_handler_of_ctrl_c_is_put_back(world: Path, configure: Configure, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    run(configure(training__epochs=1), world, tmp_path / "state")
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        run(configure(training__epochs=1), world, tmp_path / "state", interrupt_at=2)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_training_learns_and_keeps_the_best_epoch(world: Path, configure: Configure, tmp_path: Path) -> None:
+    output = io.StringIO()
+    finished = run(configure(training__epochs=6), world, tmp_path / "state", console=Console(file=output, width=200))
+    lines = [line.split() for line in output.getvalue().splitlines()]
+    assert [line[:2] for line in lines] == [["epoch", str(epoch)] for epoch in range(1, 7)]
+    recalls = [float(line[6]) for line in lines]
+    losses = [float(line[3]) for line in lines]
+    assert losses[-1] < losses[0]
+    assert finished.progress.best_metric == pytest.approx(max(recalls), abs=1e-4)
+    assert finished.progress.best_epoch == 1 + recalls.index(max(recalls))
+    assert [line[7] == "*" for line in lines] == [
+        recall > max(recalls[:epoch], default=-1) for epoch, recall in enumerate(recalls)
+    ]
+    assert all(line[-1] == "examples/s" for line in lines)
+
+
+def test_training_stops_when_validation_gets_no_better(world: Path, configure: Configure, tmp_path: Path) -> None:
+    config = configure(training__epochs=50, training__patience=2, training__learning_rate=1e-12)
+    finished = run(config, world, tmp_path / "state")
+    assert (finished.progress.epoch, finished.progress.best_epoch) == (3, 1)
+
+
+def test_progress_on_a_terminal(world: Path, configure: Configure, tmp_path: Path) -> None:
+    output = io.StringIO()
+    run(configure(training__epochs=1), world, tmp_path / "state", console=Console(file=output, force_terminal=True))
+    assert "epoch 1/1" in output.getvalue()
+    assert "best recall" in output.getvalue()
+
+
+def test_a_loss_that_is_not_finite_ends_training(world: Path, configure: Configure, tmp_path: Path) -> None:
+    config = configure(training__learning_rate=1e30)
+    with pytest.raises(
+        InvalidInputError, match=r"the loss is nan in epoch \d+, step \d+; lower \[training\] learning_rate"
+    ):
+        run(config, world, tmp_path / "state")
+
+
+def test_logq_and_temperature_reach_the_loss(world: Path, configure: Configure, tmp_path: Path) -> None:
+    first_losses = []
+    for changes in ({}, {"training__logq": False}, {"training__temperature": 0.5}):
+        output = io.StringIO()
+        config = configure(training__epochs=1, **changes)
+        run(config, world, tmp_path / "state", console=Console(file=output, width=200))
+        first_losses.append(output.getvalue().split()[3])
+    assert len(set(first_losses)) == 3
+
+
+def test_each_epoch_takes_every_example_once(world: Path, configure: Configure, tmp_path: Path) -> None:
+    config = configure(training__epochs=1)
+    seen: list[int] = []
+
+    class Noting(EncodedQueries):
+        def batch(self, rows: Tensor) -> Tensors:
+            seen.extend(rows.tolist())
+            return super().batch(rows)
+
+    prepared = prepare(config, world)
+    queries = prepared.examples.queries
+    examples: TrainingExamples = dataclasses.replace(
+        prepared.examples, queries=Noting(queries.users, queries.user_features, queries.histories)
+    )
+    model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model)
+    console = Console(file=io.StringIO())
+    train_towers(model, prepared.items, examples, prepared.validation, config, ORIGIN, tmp_path / "state", console)
+    assert sorted(seen) == list(range(480))
+    assert seen != sorted(seen)

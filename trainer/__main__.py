@@ -1,0 +1,60 @@
+"""`python -m trainer CONFIG --store STORE`: training without the rest of the command line.
+
+Deliberately does not know how training works.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from towers.errors import InvalidInputError, TwoTowerError
+
+
+def main() -> int:
+    """Trains as the arguments say.
+
+    Returns:
+        0 when published; 1 for a failure, 2 for a mistake in configuration or data, 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog="python -m trainer", description="Trains both towers and publishes them.")
+    parser.add_argument("config", type=Path, help="TOML file")
+    parser.add_argument("--store", required=True, help="object store to publish to: a folder, s3://, gs:// or az://")
+    parser.add_argument("--data", type=Path, help="folder of the data files, instead of [data] folder")
+    parser.add_argument("--resume", action="store_true", help="go on from where an earlier run was interrupted")
+    arguments = parser.parse_args()
+    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    try:
+        return _train(arguments, errors)
+    except KeyboardInterrupt:
+        errors.print("Interrupted")
+        return 130
+
+
+def _train(arguments: argparse.Namespace, errors: Console) -> int:
+    # Here, because torch takes seconds to import, and Ctrl-C must find somebody to catch it.
+    from trainer.run import Interrupted, train
+
+    try:
+        train(
+            arguments.config,
+            store=arguments.store,
+            resume=arguments.resume,
+            console=Console(),
+            data_folder=arguments.data,
+        )
+    except InvalidInputError as error:
+        errors.print(str(error))
+        return 2
+    except TwoTowerError as error:
+        errors.print(str(error))
+        return 1
+    except Interrupted as interrupt:
+        errors.print(str(interrupt))
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

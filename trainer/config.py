@@ -1,0 +1,198 @@
+"""The training configuration: one TOML file, read once into frozen values.
+
+Deliberately does not know torch, nor what the data files hold.
+"""
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from towers.errors import InvalidInputError, InvalidSchemaError
+from towers.schema import FeatureSchema, SequenceFeature, parse_schema
+
+Activation = Literal["relu", "gelu", "silu"]
+
+_METRIC = re.compile(r"(recall|ndcg)_at_(\d+)")
+_TABLES = ("data", "features", "model", "training", "evaluation")
+
+
+class _Table(BaseModel):
+    """What all tables share: frozen, strict about types, no unknown key, no infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataConfig(_Table):
+    """`[data]`: the three tables, Parquet or CSV by their ending, and the columns that hold the ids."""
+
+    folder: str = "."
+    """Where the files are, relative to the TOML file."""
+    interactions: str = Field(min_length=1)
+    items: str = Field(min_length=1)
+    users: str | None = Field(default=None, min_length=1)
+    """Without it users are the distinct ids of the interactions and have no other column."""
+    user_id_column: str = Field(default="user_id", min_length=1)
+    item_id_column: str = Field(default="item_id", min_length=1)
+    timestamp_column: str = Field(default="timestamp", min_length=1)
+    """Unix seconds, or a date and time."""
+    csv_separator: str = Field(default=",", min_length=1, max_length=1)
+
+
+class ModelConfig(_Table):
+    """`[model]`: the shape of both towers."""
+
+    dim: int = Field(ge=1, le=4096)
+    """D, width of both towers' embeddings."""
+    query_hidden: tuple[int, ...] = ()
+    """Widths of the query tower's hidden layers; without any it is a linear projection."""
+    item_hidden: tuple[int, ...] = ()
+    embedding_dim: int = Field(default=32, ge=1, le=4096)
+    """Width of the embedding tables whose feature names none."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the concatenated features, and of each hidden layer, that is dropped in training."""
+    activation: Activation = "relu"
+
+    @field_validator("query_hidden", "item_hidden")
+    @classmethod
+    def _positive(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if any(not 1 <= width <= 65_536 for width in widths):
+            raise ValueError("each width must be from 1 to 65536")
+        return widths
+
+
+class TrainingConfig(_Table):
+    """`[training]`: the loop."""
+
+    batch_size: int = Field(default=1024, ge=2)
+    """B; the B - 1 other items of a batch are the negatives."""
+    epochs: int = Field(default=20, ge=1)
+    """At most this many passes over the training interactions."""
+    learning_rate: float = Field(default=0.001, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.1, gt=0)
+    """Scores are divided by it before the softmax."""
+    logq: bool = True
+    """Whether in-batch negatives are corrected for having been drawn by popularity."""
+    patience: int = Field(default=3, ge=1)
+    """Training ends after this many epochs without a better validation metric."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+class EvaluationConfig(_Table):
+    """`[evaluation]`: exact ranking of all items for each held-out interaction."""
+
+    ks: tuple[int, ...] = (10,)
+    exclude_seen: bool = True
+    """Whether items of the user's history leave the ranking."""
+    metric: str = "recall_at_10"
+    """Chooses the best epoch, on validation."""
+
+    @field_validator("ks")
+    @classmethod
+    def _rising(cls, ks: tuple[int, ...]) -> tuple[int, ...]:
+        if not ks or min(ks) < 1 or list(ks) != sorted(set(ks)):
+            raise ValueError("give one or more different numbers from 1 up, rising, such as [10, 50]")
+        return ks
+
+    @field_validator("metric")
+    @classmethod
+    def _computed(cls, metric: str, info: ValidationInfo) -> str:
+        ks = info.data.get("ks", ())
+        match = _METRIC.fullmatch(metric)
+        if match is None or (ks and int(match.group(2)) not in ks):
+            choices = [f"{name}_at_{k}" for k in ks for name in ("recall", "ndcg")]
+            raise ValueError(f"use one of {choices}, or add its k to ks")
+        return metric
+
+
+class TrainerConfig(_Table):
+    """A whole configuration. The manifest of the checkpoint keeps it."""
+
+    run_folder: str | None = Field(default=None, min_length=1)
+    """Where the resumable state lives, relative to the TOML file; `var/runs/<name of the TOML file>` when left out."""
+    data: DataConfig
+    features: tuple[Mapping[str, Any], ...] = Field(min_length=1)
+    """Feature declarations, as written; `feature_schema` parses them."""
+    model: ModelConfig
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def feature_schema(self) -> FeatureSchema:
+        """The declared schema, its learned parameters still at their defaults."""
+        return parse_schema(self.features)
+
+
+def read_config(path: Path) -> TrainerConfig:
+    """Reads a TOML file.
+
+    Raises:
+        CrossTowerFeatureError: a feature's source is the interaction table.
+        InvalidInputError: anything else. The message has one line for each mistake, naming file, key and fix.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{path}: not valid TOML: {error}") from error
+    mistakes: list[str] = []
+    kind: type[InvalidInputError] = InvalidInputError
+    try:
+        # Through JSON, because strict validation accepts a list for a tuple only there.
+        config = TrainerConfig.model_validate_json(json.dumps(content, default=str))
+    except ValidationError as error:
+        mistakes += [_in_words(detail) for detail in error.errors()]
+    declarations = content.get("features")
+    if isinstance(declarations, list) and declarations and all(isinstance(entry, dict) for entry in declarations):
+        try:
+            mistakes += [f"[[features]] {mistake}" for mistake in _unshared_widths(parse_schema(declarations))]
+        except InvalidSchemaError as error:
+            mistakes.append(f"[[features]] {error}")
+            kind = type(error)
+    if mistakes:
+        raise kind("\n".join(f"{path}: {mistake}" for mistake in mistakes))
+    return config
+
+
+def _unshared_widths(schema: FeatureSchema) -> list[str]:
+    return [
+        f"feature {feature.name!r}, embedding_dim: a sequence looks its ids up in the table of {feature.items!r}; "
+        "set embedding_dim there"
+        for feature in schema.features
+        if isinstance(feature, SequenceFeature) and feature.embedding_dim is not None
+    ]
+
+
+def _in_words(detail: Any) -> str:
+    """One line for one mistake: the key, what is wrong, what to write."""
+    location: Sequence[str | int] = detail["loc"]
+    keys = [str(part) for part in location]
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    place = f"[{keys[0]}] {'.'.join(keys[1:])}".strip() if keys[0] in _TABLES else ".".join(keys)
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"use one of {known}"
+        return f"{place}: unknown key; {advice}"
+    if detail["type"] == "missing":
+        return f"{place}: missing; add it"
+    if keys[0] == "features" and len(keys) == 1:
+        return "[[features]]: declare each feature in a [[features]] table of its own"
+    return f"{place} = {json.dumps(detail['input'], default=str)[:60]}: {message}"
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    tables: Mapping[tuple[str | int, ...], type[BaseModel]] = {
+        (): TrainerConfig,
+        ("data",): DataConfig,
+        ("model",): ModelConfig,
+        ("training",): TrainingConfig,
+        ("evaluation",): EvaluationConfig,
+    }
+    return sorted(tables[tuple(location)].model_fields)

@@ -1,0 +1,499 @@
+"""Interactions, items and users from Parquet or CSV files, checked, ordered by time and split.
+
+Deliberately does not know how features are encoded, nor what is trained on them.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from towers.errors import InvalidFeatureError, InvalidInputError
+from towers.features import RawValue, category_token
+from towers.schema import Feature, FeatureSchema
+from trainer.config import DataConfig
+
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+
+_YEAR_10000_S = 253_402_300_800
+_FEWEST_INTERACTIONS = 3
+"""One each for training, validation and test."""
+
+
+@dataclass(frozen=True)
+class Entities:
+    """Users or items, one row per id."""
+
+    ids: Sequence[str]
+    columns: Mapping[str, Sequence[RawValue]]
+    """The columns that features read, by name; JSON-able values, None where missing."""
+    name: str
+    """Path of the file they come from, for messages."""
+
+
+@dataclass(frozen=True)
+class InteractionLog:
+    """All interactions, ordered by user, then time, then position in the file; N of them.
+
+    The history of the interaction at position p is `items[starts[p]:p]`.
+    """
+
+    users: NDArray[np.int64]
+    """`[N]` row of the user."""
+    items: NDArray[np.int64]
+    """`[N]` row of the item."""
+    timestamps_s: NDArray[np.float64]
+    """`[N]` Unix seconds."""
+    starts: NDArray[np.int64]
+    """`[N]` position of the same user's first interaction."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Positions in the log. A position's history is all that the same user did before it.
+
+    So a validation history is all of the user's training items, and a test history those and the validation item.
+    """
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the files hold, as far as the features read it."""
+
+    users: Entities
+    items: Entities
+    log: InteractionLog
+    notes: tuple[str, ...]
+    """What was left out and why, one line each."""
+
+
+def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> TrainingData:
+    """Reads and checks the tables.
+
+    Args:
+        config: Names of files and columns.
+        schema: Says which columns features read.
+        folder: Where the files are.
+
+    Raises:
+        InvalidInputError: a file, a column, a type or a value is not as it must be, or too little is left to train
+            on. The message names file, column and fix.
+    """
+    paths = data_files(config, folder)
+    id_columns = {USER_ID: config.user_id_column, ITEM_ID: config.item_id_column}
+    item_features = [feature for feature in schema.features if feature.source == "items"]
+    user_features = [feature for feature in schema.features if feature.source == "users"]
+    items, item_notes = _read_entities(
+        paths["items"], {ITEM_ID: id_columns[ITEM_ID]}, item_features, config.csv_separator
+    )
+    interactions = _read_interactions(paths["interactions"], config)
+    if "users" in paths:
+        users, user_notes = _read_entities(
+            paths["users"], {USER_ID: id_columns[USER_ID]}, user_features, config.csv_separator
+        )
+    else:
+        users, user_notes = _users_without_table(interactions, user_features), []
+
+    rows, log_notes = _item_rows(interactions, items, paths["items"])
+    users, user_rows, unlisted_notes = _user_rows(interactions, users)
+    kept = rows >= 0
+    log = order_by_time(user_rows[kept], rows[kept], interactions.timestamps_s[kept])
+    _check_enough(log, interactions)
+    return TrainingData(users, items, log, (*item_notes, *user_notes, *log_notes, *unlisted_notes))
+
+
+def data_files(config: DataConfig, folder: Path) -> dict[str, Path]:
+    """Paths of the tables, by `interactions`, `items` and, where there is one, `users`."""
+    names = {"interactions": config.interactions, "items": config.items, "users": config.users}
+    return {table: folder / name for table, name in names.items() if name is not None}
+
+
+def digest_files(paths: Mapping[str, Path]) -> dict[str, str]:
+    """sha256 of each file, hexadecimal.
+
+    Raises:
+        InvalidInputError: a file cannot be read.
+    """
+    digests = {}
+    for table, path in paths.items():
+        try:
+            with path.open("rb") as file:
+                digests[table] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InvalidInputError(_unreadable(path, table, error)) from error
+    return digests
+
+
+def order_by_time(
+    users: NDArray[np.int64], items: NDArray[np.int64], timestamps_s: NDArray[np.float64]
+) -> InteractionLog:
+    """Orders interactions `[N]` by user, then time; interactions of one moment stay in the order they came in."""
+    order = np.lexsort((timestamps_s, users))
+    users = users[order]
+    _, first, inverse = np.unique(users, return_index=True, return_inverse=True)
+    return InteractionLog(users, items[order], timestamps_s[order], first[inverse].astype(np.int64))
+
+
+def split_by_time(log: InteractionLog) -> Split:
+    """Each user's last interaction is test, the one before is validation, the rest is train.
+
+    All interactions of users with fewer than three are train.
+    """
+    _, first, counts = np.unique(log.users, return_index=True, return_counts=True)
+    last = (first + counts - 1)[counts >= _FEWEST_INTERACTIONS].astype(np.int64)
+    is_train = np.ones(len(log.users), dtype=bool)
+    is_train[last] = is_train[last - 1] = False
+    return Split(train=np.flatnonzero(is_train), validation=last - 1, test=last)
+
+
+def data_window(log: InteractionLog, positions: NDArray[np.int64]) -> tuple[datetime, datetime]:
+    """First and last moment of the interactions at some positions."""
+    moments_s = log.timestamps_s[positions]
+    return (datetime.fromtimestamp(moments_s.min(), UTC), datetime.fromtimestamp(moments_s.max(), UTC))
+
+
+@dataclass(frozen=True)
+class _Interactions:
+    path: Path
+    user_column: str
+    item_column: str
+    user_codes: NDArray[np.int64]
+    user_ids: Sequence[str]
+    item_codes: NDArray[np.int64]
+    item_ids: Sequence[str]
+    timestamps_s: NDArray[np.float64]
+
+
+def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
+    columns = {
+        config.user_id_column: "[data] user_id_column",
+        config.item_id_column: "[data] item_id_column",
+        config.timestamp_column: "[data] timestamp_column",
+    }
+    as_strings = [config.user_id_column, config.item_id_column]
+    table = _read_table(path, "interactions", columns, as_strings, config.csv_separator)
+    user_codes, user_ids = _id_codes(table, path, config.user_id_column)
+    item_codes, item_ids = _id_codes(table, path, config.item_id_column)
+    for name, ids in ((config.user_id_column, user_ids), (config.item_id_column, item_ids)):
+        if len(ids) < 2:
+            raise InvalidInputError(
+                f"{path}: column {name!r}: {ids[0]!r} is the only id; training needs at least two different ones"
+            )
+    timestamps_s = _timestamps_s(table, path, config.timestamp_column)
+    return _Interactions(
+        path,
+        config.user_id_column,
+        config.item_id_column,
+        user_codes,
+        user_ids,
+        item_codes,
+        item_ids,
+        timestamps_s,
+    )
+
+
+def _read_entities(
+    path: Path, id_column: Mapping[str, str], features: Sequence[Feature], separator: str
+) -> tuple[Entities, list[str]]:
+    """One row per id, the last of several; the id column under its standard name."""
+    [(standard, name)] = id_column.items()
+    table_name = "items" if standard == ITEM_ID else "users"
+    wanted = {name: f"[data] {standard}_column"}
+    for feature in features:
+        column = name if feature.column == standard else feature.column
+        wanted.setdefault(column, f"feature {feature.name!r}")
+    as_strings = [name, *(feature.column for feature in features if feature.kind in ("categorical", "text"))]
+    table = _read_table(path, table_name, wanted, as_strings, separator)
+    codes, ids = _id_codes(table, path, name)
+    # The position of each id's last row: a later assignment to the same index wins.
+    last = np.zeros(len(ids), dtype=np.int64)
+    last[codes] = np.arange(len(codes))
+    notes = []
+    if len(codes) > len(ids):
+        notes.append(f"{path}: column {name!r}: {len(codes) - len(ids):,} rows repeat an id; the last of each was kept")
+    table = table.take(pa.array(last))
+    columns: dict[str, Sequence[RawValue]] = {standard: ids}
+    for feature in features:
+        if feature.column == standard:
+            _check_id_feature(feature, path)
+            continue
+        column = table.column(feature.column)
+        _check_type(column.type, feature, path)
+        columns[feature.column] = _raw_values(column, feature, path)
+    return Entities(ids, columns, str(path)), notes
+
+
+def _users_without_table(interactions: _Interactions, features: Sequence[Feature]) -> Entities:
+    for feature in features:
+        if feature.column != USER_ID:
+            raise InvalidInputError(
+                f"feature {feature.name!r}: its column {feature.column!r} is one of a user table; name the file in "
+                "[data] users"
+            )
+        _check_id_feature(feature, interactions.path)
+    return Entities(interactions.user_ids, {USER_ID: interactions.user_ids}, str(interactions.path))
+
+
+def _item_rows(interactions: _Interactions, items: Entities, items_path: Path) -> tuple[NDArray[np.int64], list[str]]:
+    """Row of each interaction's item, -1 where the item table has none."""
+    row_of = {item_id: row for row, item_id in enumerate(items.ids)}
+    known = np.array([row_of.get(item_id, -1) for item_id in interactions.item_ids], dtype=np.int64)
+    rows = known[interactions.item_codes]
+    num_dropped = int((rows < 0).sum())
+    if num_dropped == len(rows):
+        raise InvalidInputError(
+            f"{interactions.path}: column {interactions.item_column!r}: not one id, such as "
+            f"{interactions.item_ids[0]!r}, is in {items_path}; both files must use the same ids"
+        )
+    if not num_dropped:
+        return rows, []
+    example = interactions.item_ids[int(np.flatnonzero(known < 0)[0])]
+    return rows, [
+        f"{interactions.path}: column {interactions.item_column!r}: {num_dropped:,} interactions with "
+        f"{int((known < 0).sum()):,} items that {items_path} does not have, such as {example!r}, were left out"
+    ]
+
+
+def _user_rows(interactions: _Interactions, users: Entities) -> tuple[Entities, NDArray[np.int64], list[str]]:
+    """Row of each interaction's user. Users that the table does not have follow its own, all but their id missing."""
+    row_of = {user_id: row for row, user_id in enumerate(users.ids)}
+    unlisted = [user_id for user_id in interactions.user_ids if user_id not in row_of]
+    row_of |= {user_id: len(users.ids) + i for i, user_id in enumerate(unlisted)}
+    rows = np.array([row_of[user_id] for user_id in interactions.user_ids], dtype=np.int64)[interactions.user_codes]
+    if not unlisted:
+        return users, rows, []
+    columns = {
+        name: [*values, *(unlisted if name == USER_ID else [None] * len(unlisted))]
+        for name, values in users.columns.items()
+    }
+    note = (
+        f"{interactions.path}: column {interactions.user_column!r}: {len(unlisted):,} users, such as {unlisted[0]!r}, "
+        f"are not in {users.name}; their features are missing"
+    )
+    return Entities([*users.ids, *unlisted], columns, users.name), rows, [note]
+
+
+def _check_enough(log: InteractionLog, interactions: _Interactions) -> None:
+    if len(np.unique(log.items)) < 2:
+        raise InvalidInputError(
+            f"{interactions.path}: column {interactions.item_column!r}: only one item of the item table is left; "
+            "training needs at least two"
+        )
+    if len(split_by_time(log).test) == 0:
+        raise InvalidInputError(
+            f"{interactions.path}: column {interactions.user_column!r}: no user has {_FEWEST_INTERACTIONS} or more "
+            "interactions (one each to train on, to validate and to test); give a longer period"
+        )
+
+
+def _read_table(
+    path: Path, table: str, wanted: Mapping[str, str], as_strings: Sequence[str], separator: str
+) -> pa.Table:
+    """Reads the wanted columns.
+
+    Args:
+        path: A Parquet or CSV file.
+        table: Its key in `[data]`.
+        wanted: Column name to who wants it, for messages.
+        as_strings: Columns that a CSV file gives as they are written, so that an id 007 stays one.
+        separator: Of CSV files.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise InvalidInputError(f"{path}: the file is empty; [data] {table} needs a Parquet or CSV file with rows")
+        match path.suffix.lower():
+            case ".parquet":
+                available = pq.read_schema(path).names
+                _check_columns(path, available, wanted)
+                content = pq.ParquetFile(path).read(columns=list(wanted))
+            case ".csv" | ".tsv":
+                parsing = pacsv.ParseOptions(delimiter=separator, newlines_in_values=True)
+                with pacsv.open_csv(path, parse_options=parsing) as reader:
+                    available = reader.schema.names
+                _check_columns(path, available, wanted)
+                conversion = pacsv.ConvertOptions(
+                    include_columns=list(wanted),
+                    column_types={name: pa.string() for name in as_strings if name in wanted},
+                )
+                content = pacsv.read_csv(path, parse_options=parsing, convert_options=conversion)
+            case suffix:
+                raise InvalidInputError(
+                    f"{path}: files ending in {suffix!r} cannot be read; [data] {table} needs .parquet or .csv"
+                )
+    except OSError as error:
+        raise InvalidInputError(_unreadable(path, table, error)) from error
+    except pa.ArrowException as error:
+        first_line = str(error).partition("\n")[0]
+        raise InvalidInputError(
+            f"{path}: not a readable {path.suffix[1:]} file ({first_line}); write it again"
+        ) from error
+    if content.num_rows == 0:
+        raise InvalidInputError(f"{path}: the file has no rows; [data] {table} needs at least one")
+    return content
+
+
+def _unreadable(path: Path, table: str, error: OSError) -> str:
+    reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+    return f"{path}: {reason}; fix [data] {table} or folder"
+
+
+def _check_columns(path: Path, available: Sequence[str], wanted: Mapping[str, str]) -> None:
+    missing = [f"column {name!r} ({who}) is missing" for name, who in wanted.items() if name not in available]
+    repeated = [f"column {name!r} ({who}) is there twice" for name, who in wanted.items() if available.count(name) > 1]
+    if missing or repeated:
+        raise InvalidInputError(
+            f"{path}: {'; '.join(missing + repeated)}. The file has {list(available)}; "
+            "name one of these, or add the column"
+        )
+
+
+def _id_codes(table: pa.Table, path: Path, name: str) -> tuple[NDArray[np.int64], list[str]]:
+    """Ids as codes `[N]` into the list of different ids, in the order of their first appearance."""
+    column = _plain(table.column(name))
+    if not (_is_string(column.type) or pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise InvalidInputError(f"{path}: column {name!r} is {column.type}; ids must be strings or integers")
+    encoded = column.combine_chunks().dictionary_encode()
+    try:
+        tokens = [category_token(_without_nan(value)) for value in encoded.dictionary.to_pylist()]
+    except InvalidFeatureError as error:
+        raise InvalidInputError(f"{path}: column {name!r}: {error}; ids must be strings or integers") from error
+    codes: NDArray[np.int64] = pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
+    is_missing = np.array([token is None for token in tokens] + [True])
+    num_missing = int(is_missing[codes].sum())
+    if num_missing:
+        raise InvalidInputError(
+            f"{path}: column {name!r}: {num_missing:,} of {len(codes):,} rows have no id; remove them"
+        )
+    return codes, [token for token in tokens if token is not None]
+
+
+def _timestamps_s(table: pa.Table, path: Path, name: str) -> NDArray[np.float64]:
+    column = _plain(table.column(name))
+    if not _is_moment(column.type):
+        raise InvalidInputError(
+            f"{path}: column {name!r} is {column.type}; timestamps must be Unix seconds (a number) or date and time"
+        )
+    seconds = _seconds(column)
+    moments_s: NDArray[np.float64] = pc.fill_null(seconds, math.nan).to_numpy().astype(np.float64)
+    num_missing = int(np.isnan(moments_s).sum())
+    if num_missing:
+        raise InvalidInputError(
+            f"{path}: column {name!r}: {num_missing:,} of {len(moments_s):,} rows have no timestamp; remove them"
+        )
+    outside = moments_s[(moments_s < 0) | (moments_s >= _YEAR_10000_S)]
+    if len(outside):
+        raise InvalidInputError(
+            f"{path}: column {name!r}: {outside[0]:.0f} is not a moment in Unix seconds; divide milliseconds by 1000"
+        )
+    return moments_s
+
+
+def _check_id_feature(feature: Feature, path: Path) -> None:
+    if feature.kind not in ("categorical", "text"):
+        raise InvalidInputError(
+            f"{path}: feature {feature.name!r} reads the ids in {feature.column!r} as {feature.kind}; "
+            "use kind = 'categorical'"
+        )
+
+
+def _check_type(found: pa.DataType, feature: Feature, path: Path) -> None:
+    fits, expected = _EXPECTED_TYPES[feature.kind]
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_null(found) or fits(found):
+        return
+    advice = "; CSV files cannot hold lists, use Parquet" if path.suffix.lower() in (".csv", ".tsv") else ""
+    raise InvalidInputError(
+        f"{path}: column {feature.column!r} is {found}, but feature {feature.name!r} of kind {feature.kind} needs "
+        f"{expected}; change the column or the kind{advice if 'list' in expected else ''}"
+    )
+
+
+def _raw_values(column: pa.ChunkedArray, feature: Feature, path: Path) -> list[RawValue]:
+    """JSON-able values, None where missing; a float that is not a number is missing."""
+    column = _plain(column)
+    if feature.kind == "timestamp" and not pa.types.is_null(column.type):
+        column = _seconds(column)
+    elif pa.types.is_decimal(column.type):
+        column = column.cast(pa.float64())
+    values: list[RawValue] = column.to_pylist()
+    if pa.types.is_floating(column.type):
+        values = [_without_nan(value) for value in values]
+        num_infinite = sum(1 for value in values if value in (math.inf, -math.inf))
+        if num_infinite:
+            raise InvalidInputError(
+                f"{path}: column {feature.column!r} (feature {feature.name!r}): {num_infinite:,} values are infinite; "
+                "leave them empty or give finite numbers"
+            )
+    if feature.kind == "categorical" and pa.types.is_floating(column.type):
+        fractional = next((value for value in values if isinstance(value, float) and not value.is_integer()), None)
+        if fractional is not None:
+            raise InvalidInputError(
+                f"{path}: column {feature.column!r} holds {fractional}, but feature {feature.name!r} of kind "
+                "categorical needs strings or integers; use kind = 'number'"
+            )
+    return values
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _seconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Numbers, dates, or dates and times, as float Unix seconds."""
+    if pa.types.is_date(column.type):
+        column = column.cast(pa.timestamp("us"))
+    if pa.types.is_timestamp(column.type):
+        microseconds = column.cast(pa.timestamp("us", tz=column.type.tz), safe=False).cast(pa.int64())
+        return pc.divide(microseconds.cast(pa.float64()), 1e6)
+    return column.cast(pa.float64(), safe=False)
+
+
+def _without_nan(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _is_string(found: pa.DataType) -> bool:
+    return bool(pa.types.is_string(found) or pa.types.is_large_string(found))
+
+
+def _is_number(found: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_decimal(found))
+
+
+def _is_moment(found: pa.DataType) -> bool:
+    return _is_number(found) or bool(pa.types.is_timestamp(found) or pa.types.is_date(found))
+
+
+def _is_list_of(found: pa.DataType, fits: Callable[[pa.DataType], bool]) -> bool:
+    is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+    return is_list and (fits(found.value_type) or pa.types.is_null(found.value_type))
+
+
+def _is_category(found: pa.DataType) -> bool:
+    return _is_string(found) or bool(pa.types.is_integer(found) or pa.types.is_boolean(found))
+
+
+_EXPECTED_TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "categorical": (lambda found: _is_category(found) or pa.types.is_floating(found), "strings or integers"),
+    "categorical_list": (lambda found: _is_list_of(found, _is_category), "a list of strings or integers"),
+    "number": (_is_number, "numbers"),
+    "timestamp": (_is_moment, "Unix seconds or date and time"),
+    "text": (_is_string, "strings"),
+    "vector": (lambda found: _is_list_of(found, _is_number), "a list of numbers"),
+}

@@ -1,0 +1,164 @@
+"""Both towers in torch: encoded features in, unit embeddings out.
+
+Deliberately does not know raw values, losses or files.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from towers.features import FeatureEncoder
+from towers.schema import (
+    CategoricalFeature,
+    CategoricalListFeature,
+    Feature,
+    FeatureSchema,
+    NumberFeature,
+    SequenceFeature,
+    TextFeature,
+)
+from towers.tower import input_name
+from trainer.config import Activation, ModelConfig
+
+_SQUARED_NORM_FLOOR = 1e-12
+_TABLE_STD = 0.05
+_ACTIVATIONS: Mapping[Activation, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+class TowerNetwork(nn.Module):
+    """One tower: each feature becomes a vector, all are concatenated, an MLP projects them, the result is normalised.
+
+    Lists are pooled by a masked gather and mean, which ONNX Runtime runs several times faster than an EmbeddingBag.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[Feature],
+        tables: Mapping[str, nn.Embedding],
+        widths: Mapping[str, int],
+        hidden: Sequence[int],
+        config: ModelConfig,
+    ) -> None:
+        """Builds the layers.
+
+        Args:
+            features: The tower's features, in the order of the schema.
+            tables: Embedding tables by feature name; a table may be shared with the other tower.
+            widths: Columns of the features without a table, by feature name.
+            hidden: Widths of the hidden layers.
+            config: Dimension, dropout and activation.
+        """
+        super().__init__()
+        self.features = tuple(features)
+        # Prefixed, because a ModuleDict refuses names such as "items" and "type".
+        self.tables = nn.ModuleDict(
+            {input_name(feature.name): tables[feature.name] for feature in features if feature.name in tables}
+        )
+        layers: list[nn.Module] = [nn.Dropout(config.dropout)]
+        width = sum(
+            tables[feature.name].embedding_dim if feature.name in tables else widths[feature.name]
+            for feature in features
+        )
+        for hidden_width in hidden:
+            layers += [
+                nn.Linear(width, hidden_width),
+                _ACTIVATIONS[config.activation](),
+                nn.Dropout(config.dropout),
+            ]
+            width = hidden_width
+        layers.append(nn.Linear(width, config.dim))
+        self.projection = nn.Sequential(*layers)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Embeds encoded features.
+
+        Args:
+            features: Feature name to its encoded values, shapes as `towers.features.FeatureEncoder` gives them.
+
+        Returns:
+            `[B, D]` unit embeddings.
+        """
+        parts = [self._vector(feature, features[feature.name]) for feature in self.features]
+        return normalised(self.projection(torch.cat(parts, dim=1)))  # [B, D]
+
+    def _vector(self, feature: Feature, values: Tensor) -> Tensor:
+        if input_name(feature.name) not in self.tables:
+            return values  # [B, columns]
+        rows: Tensor = self.tables[input_name(feature.name)](values)  # [B, E] or [B, L, E]
+        return rows if rows.dim() == 2 else masked_mean(rows, values != 0)  # [B, E]
+
+
+class TwoTowers(nn.Module):
+    """The query tower and the item tower, with the tables they share."""
+
+    def __init__(
+        self, schema: FeatureSchema, query_encoder: FeatureEncoder, item_encoder: FeatureEncoder, config: ModelConfig
+    ) -> None:
+        """Builds both towers with random weights.
+
+        Args:
+            schema: The fitted schema.
+            query_encoder: Knows the number of ids of the query's features.
+            item_encoder: The same for the item's.
+            config: The shape.
+        """
+        super().__init__()
+        encoders = {"query": query_encoder, "item": item_encoder}
+        tables = {
+            feature.name: _table(feature, encoders[feature.owner].num_ids(feature.name), config)
+            for feature in schema.features
+            if _has_own_table(feature)
+        }
+        for feature in schema.features:
+            if isinstance(feature, SequenceFeature):
+                tables[feature.name] = tables[feature.items]
+        # Encoding one empty row says how many columns a feature has.
+        widths = {
+            name: array.shape[1]
+            for encoder in encoders.values()
+            for name, array in encoder.encode({}, 1).items()
+            if name not in tables
+        }
+        self.query = TowerNetwork(schema.of("query"), tables, widths, config.query_hidden, config)
+        self.item = TowerNetwork(schema.of("item"), tables, widths, config.item_hidden, config)
+
+
+def masked_mean(rows: Tensor, is_present: Tensor) -> Tensor:
+    """Mean over the entries that are there; zero where there is none.
+
+    Args:
+        rows: `[B, L, E]`
+        is_present: `[B, L]`
+
+    Returns:
+        `[B, E]`
+    """
+    weights = is_present.to(rows.dtype).unsqueeze(-1)  # [B, L, 1]
+    return (rows * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)  # [B, E]
+
+
+def normalised(embeddings: Tensor) -> Tensor:
+    """Unit vectors `[B, D]`. A zero vector stays zero, and both its value and its gradient are finite."""
+    return embeddings * torch.rsqrt(embeddings.square().sum(dim=1, keepdim=True) + _SQUARED_NORM_FLOOR)
+
+
+def _table(feature: Feature, num_ids: int, config: ModelConfig) -> nn.Embedding:
+    """A table whose missing and unknown rows say nothing at first."""
+    table = nn.Embedding(num_ids, _embedding_dim(feature, config))
+    nn.init.normal_(table.weight, std=_TABLE_STD)
+    has_unknown = isinstance(feature, CategoricalFeature | CategoricalListFeature) and feature.hash_buckets is None
+    with torch.no_grad():
+        table.weight[: 2 if has_unknown else 1] = 0.0
+    return table
+
+
+def _has_own_table(feature: Feature) -> bool:
+    if isinstance(feature, NumberFeature):
+        return feature.scaling == "quantile"
+    return isinstance(feature, CategoricalFeature | CategoricalListFeature | TextFeature)
+
+
+def _embedding_dim(feature: Feature, config: ModelConfig) -> int:
+    own: int | None = getattr(feature, "embedding_dim", None)
+    return own or config.embedding_dim

@@ -1,0 +1,327 @@
+"""`twotower train`: read, train, measure, export, publish.
+
+Deliberately does not know the command line; every line a user reads goes to the console it is given.
+"""
+
+import dataclasses
+import importlib.metadata
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from towers.checkpoint import CheckpointDraft, CheckpointStore
+from towers.errors import ConflictError, StoreUnavailableError
+from towers.features import FeatureEncoder
+from towers.schema import Owner
+from towers.store import Store
+from trainer import data, evaluate, export, losses, state
+from trainer.config import TrainerConfig, read_config
+from trainer.encode import DataEncoder
+from trainer.fit import FittedSchema, fit_schema
+from trainer.model import TwoTowers
+from trainer.train import HeldOut, TrainingExamples, train_towers, validate
+
+RUNS = Path("var/runs")
+
+_PUBLISH_ATTEMPTS = 5
+_CHECKED_QUERIES = 1000
+
+
+class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
+    """Ctrl-C. The message says what is saved and how to go on."""
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a run became."""
+
+    version: int
+    metrics: Mapping[str, float]
+    run_folder: Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training and measuring need, encoded."""
+
+    log: data.InteractionLog
+    split: data.Split
+    fitted: FittedSchema
+    encoder: DataEncoder
+    items: dict[str, Tensor]
+    item_counts: Tensor
+    """`[I]` training interactions of each item."""
+    examples: TrainingExamples
+    validation: HeldOut
+    test: HeldOut
+    num_users: int
+    notes: tuple[str, ...]
+
+
+def train(
+    config_path: Path, *, store: str, resume: bool, console: Console, data_folder: Path | None = None
+) -> TrainingReport:
+    """Trains both towers as a configuration says and publishes them as a checkpoint.
+
+    Args:
+        config_path: The TOML file.
+        store: The object store to publish to.
+        resume: Whether to go on from the state of an earlier run with the same configuration and data. A run that
+            had finished training is exported and published without training again.
+        console: Gets progress and results.
+        data_folder: Where the data files are; instead of `[data] folder`.
+
+    Raises:
+        InvalidInputError: the configuration or the data; a line for each mistake names file, column or key, and fix.
+        StoreUnavailableError: the store cannot be reached. Once training is done, `resume` publishes without training.
+        ConflictError: other publishers were first several times.
+        Interrupted: Ctrl-C; the message says how to resume.
+    """
+    config = read_config(config_path)
+    folder = data_folder if data_folder is not None else config_path.parent / config.data.folder
+    run_folder = config_path.parent / config.run_folder if config.run_folder else RUNS / config_path.stem
+    state_file = run_folder / state.STATE_FILE
+    objects = Store(store)
+    checkpoints = CheckpointStore(objects)
+    # An unreachable store is better known before the training than after it.
+    checkpoints.versions()
+    with state.alone_in(run_folder), _interruptible(state_file, resume), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        origin = _origin(config, data.digest_files(data.data_files(config.data, folder)))
+        resumed = _resumed(state_file, origin) if resume else None
+        published = resumed.progress.published.get(objects.url) if resumed else None
+        if published is not None and published in checkpoints.versions():
+            _say(console, f"This run is already published as checkpoint {published}")
+            return TrainingReport(published, checkpoints.manifest(published).metrics, run_folder)
+
+        prepared = prepare(config, folder)
+        for note in prepared.notes:
+            _say(console, f"Warning: {note}")
+        _say(console, _description(prepared))
+        if resumed is not None:
+            _say(console, _resumption(resumed.progress))
+        model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model)
+        finished = train_towers(
+            model,
+            prepared.items,
+            prepared.examples,
+            prepared.validation,
+            config,
+            origin,
+            state_file,
+            console,
+            resumed,
+        )
+        metrics = _measure(model, prepared, config)
+        console.print(_figures(metrics, prepared, config))
+        exported = _export(model, prepared)
+        _say(console, _agreement(exported))
+        draft = export.draft_checkpoint(
+            exported,
+            prepared.fitted,
+            metrics,
+            config.model_dump(mode="json"),
+            data.data_window(prepared.log, prepared.split.train),
+            code_revision(),
+        )
+        version = publish(checkpoints, draft, console)
+        _say(console, f"Published checkpoint {version}")
+        published_in = {**finished.progress.published, objects.url: version}
+        progress = dataclasses.replace(finished.progress, published=published_in)
+        state.save_state(state_file, dataclasses.replace(finished, progress=progress))
+    return TrainingReport(version, metrics, run_folder)
+
+
+def prepare(config: TrainerConfig, folder: Path) -> Prepared:
+    """Reads, splits, fits and encodes the data.
+
+    Args:
+        config: The configuration.
+        folder: Where the data files are.
+
+    Raises:
+        InvalidInputError: a mistake in the data; names file, column and fix.
+    """
+    tables = data.read_data(config.data, config.feature_schema(), folder)
+    split = data.split_by_time(tables.log)
+    fitted = fit_schema(config.feature_schema(), tables, split)
+    encoder = DataEncoder(fitted, tables)
+    positives = torch.from_numpy(tables.log.items[split.train])
+    item_counts = torch.bincount(positives, minlength=len(tables.items.ids))
+    return Prepared(
+        log=tables.log,
+        split=split,
+        fitted=fitted,
+        encoder=encoder,
+        items=encoder.items(),
+        item_counts=item_counts,
+        examples=TrainingExamples(
+            encoder.queries(split.train), positives, losses.log_sampling_probabilities(item_counts)
+        ),
+        validation=_held_out(tables.log, split.validation, encoder, config),
+        test=_held_out(tables.log, split.test, encoder, config),
+        num_users=len(tables.users.ids),
+        notes=tables.notes,
+    )
+
+
+def publish(checkpoints: CheckpointStore, draft: CheckpointDraft, console: Console) -> int:
+    """Publishes a draft as the child of the newest checkpoint, under the next number when another publisher is first.
+
+    Returns:
+        The version.
+
+    Raises:
+        ConflictError: others were first several times.
+        StoreUnavailableError: the store cannot be written; says how to publish without training again.
+    """
+    for attempt in range(1, _PUBLISH_ATTEMPTS + 1):
+        try:
+            parent_version = max(checkpoints.versions(), default=None)
+            return checkpoints.publish(dataclasses.replace(draft, parent_version=parent_version)).version
+        except ConflictError as error:
+            if attempt == _PUBLISH_ATTEMPTS:
+                raise ConflictError(f"{error}: run the same command with --resume, it trains nothing again") from error
+            _say(console, f"{error}: publishing under the next number")
+        except StoreUnavailableError as error:
+            raise StoreUnavailableError(
+                f"{error}. The trained towers are saved: run the same command with --resume to publish them"
+            ) from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def code_revision() -> str:
+    """The commit that this code is at, `-dirty` with changes; the package's version where it is not in a repository."""
+    here = Path(__file__).parent
+    try:
+        # Tracked, because an installed package may lie inside a repository that is not its own.
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+        return _git(here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return importlib.metadata.version("twotower")
+
+
+def _held_out(
+    log: data.InteractionLog, positions: NDArray[np.int64], encoder: DataEncoder, config: TrainerConfig
+) -> HeldOut:
+    def seen(position: int) -> list[int]:
+        items: list[int] = np.unique(log.items[log.starts[position] : position]).tolist()
+        return items
+
+    return HeldOut(
+        queries=encoder.queries(positions),
+        targets=[[item] for item in log.items[positions].tolist()],
+        excluded=[seen(position) if config.evaluation.exclude_seen else [] for position in positions.tolist()],
+    )
+
+
+def _measure(model: TwoTowers, prepared: Prepared, config: TrainerConfig) -> dict[str, float]:
+    """Figures of the best epoch on both held-out sets, and of the popularity baseline on the same test set."""
+    popularity = evaluate.evaluate(
+        evaluate.popularity_scores(prepared.item_counts),
+        prepared.test.targets,
+        prepared.test.excluded,
+        config.evaluation.ks,
+    )
+    return {
+        **_prefixed("validation.", validate(model, prepared.items, prepared.validation, config)),
+        **_prefixed("test.", validate(model, prepared.items, prepared.test, config)),
+        **_prefixed("test.popularity_", popularity),
+    }
+
+
+def _export(model: TwoTowers, prepared: Prepared) -> export.ExportedTowers:
+    positions = np.concatenate([prepared.split.test, prepared.split.validation])[:_CHECKED_QUERIES]
+    rows: Mapping[Owner, export.Rows] = {
+        "query": prepared.encoder.raw_queries(positions.tolist()),
+        "item": prepared.encoder.raw_items(range(len(prepared.item_counts))),
+    }
+    encoders: Mapping[Owner, FeatureEncoder] = {"query": prepared.encoder.query, "item": prepared.encoder.item}
+    return export.export_towers(model, prepared.fitted, encoders, rows)
+
+
+def _origin(config: TrainerConfig, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What a resumed run must have in common with its start; where files lie does not matter, what they hold does."""
+    settings = config.model_dump(mode="json", exclude={"run_folder": True, "data": {"folder"}})
+    return {"config": settings, "file": dict(digests)}
+
+
+def _resumed(state_file: Path, origin: Mapping[str, Any]) -> state.RunState:
+    resumed = state.load_state(state_file)
+    state.check_origin(state_file, resumed.origin, origin)
+    return resumed
+
+
+@contextmanager
+def _interruptible(state_file: Path, resume: bool) -> Iterator[None]:
+    """Says what Ctrl-C left behind. An older run's state, from before a fresh start, is not this run's."""
+    before = _modified_ns(state_file)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if resume or _modified_ns(state_file) != before:
+            message = (
+                f"Interrupted. The run is saved in {state_file}; the same command with --resume goes on from there"
+            )
+        else:
+            message = "Interrupted before training began; nothing is saved, run the same command again"
+        raise Interrupted(message) from interrupt
+
+
+def _modified_ns(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _description(prepared: Prepared) -> str:
+    split = prepared.split
+    return (
+        f"{prepared.num_users:,} users, {len(prepared.item_counts):,} items, {len(prepared.log.items):,} interactions: "
+        f"{len(split.train):,} to train on, {len(split.validation):,} to validate, {len(split.test):,} to test"
+    )
+
+
+def _resumption(progress: state.Progress) -> str:
+    if progress.is_finished:
+        return f"Training had finished after epoch {progress.epoch}; epoch {progress.best_epoch} is the best"
+    return f"Resuming in epoch {progress.epoch + 1}, after step {progress.step}"
+
+
+def _agreement(exported: export.ExportedTowers) -> str:
+    differences = ", ".join(f"{owner} tower {difference:.1e}" for owner, difference in exported.differences.items())
+    return f"Exported both towers; largest difference to the trained ones: {differences}"
+
+
+def _figures(metrics: Mapping[str, float], prepared: Prepared, config: TrainerConfig) -> Table:
+    seen = "seen items left out" if config.evaluation.exclude_seen else "seen items included"
+    table = Table(title=f"Test: last interaction of {len(prepared.split.test):,} users, all items ranked, {seen}")
+    table.add_column("")
+    names = [f"{name}_at_{k}" for k in config.evaluation.ks for name in ("recall", "ndcg")]
+    for k in config.evaluation.ks:
+        table.add_column(f"Recall@{k}", justify="right")
+        table.add_column(f"NDCG@{k}", justify="right")
+    for title, prefix in (("popularity", "test.popularity_"), ("two towers", "test.")):
+        table.add_row(title, *(f"{metrics[prefix + name]:.4f}" for name in names))
+    return table
+
+
+def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}{name}": value for name, value in metrics.items()}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    finished = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=10)
+    return finished.stdout.strip()
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

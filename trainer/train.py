@@ -1,0 +1,242 @@
+"""The training loop, top to bottom: permute, slice, score, step; validate, keep the best, save.
+
+Deliberately does not know files of data, ONNX or checkpoints.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from towers.errors import InvalidInputError
+from trainer import losses, state
+from trainer.config import TrainerConfig
+from trainer.encode import EncodedQueries, Tensors
+from trainer.evaluate import embedding_scores, evaluate
+from trainer.model import TowerNetwork, TwoTowers
+
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class TrainingExamples:
+    """N training interactions."""
+
+    queries: EncodedQueries
+    positives: Tensor
+    """`[N]` row of each interaction's item."""
+    log_q: Tensor
+    """`[I]` log probability that a batch place holds an item."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Interactions to be predicted."""
+
+    queries: EncodedQueries
+    targets: Sequence[Sequence[int]]
+    excluded: Sequence[Sequence[int]]
+    """Items that leave the ranking of each query."""
+
+
+def train_towers(
+    model: TwoTowers,
+    items: Tensors,
+    examples: TrainingExamples,
+    validation: HeldOut,
+    config: TrainerConfig,
+    origin: Mapping[str, Any],
+    state_file: Path,
+    console: Console,
+    resumed: state.RunState | None = None,
+) -> state.RunState:
+    """Trains until the last epoch or until validation stops getting better.
+
+    The state is saved at the start, after each epoch, and on Ctrl-C after the current step; a run that is resumed
+    from it takes exactly the steps that it would have taken undisturbed.
+
+    Args:
+        model: Both towers; ends with the parameters of the best epoch.
+        items: Features of all items, `[I, …]`.
+        examples: The training interactions.
+        validation: Chooses the best epoch.
+        config: The configuration.
+        origin: Goes into the state.
+        state_file: Where the state is saved.
+        console: Progress: a live bar on a terminal, and one line per epoch anywhere.
+        resumed: The state to go on from.
+
+    Returns:
+        The finished state.
+
+    Raises:
+        InvalidInputError: the loss is not finite, or the state cannot be written.
+        KeyboardInterrupt: on Ctrl-C, once the state is saved.
+    """
+    options = config.training
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
+    progress = state.Progress()
+    best: Mapping[str, Tensor] = {}
+    if resumed is not None:
+        progress, best = resumed.progress, resumed.best_parameters
+        state.restore_parameters(model, resumed.parameters)
+        state.restore_moments(model, optimiser, resumed.moments)
+        torch.set_rng_state(resumed.random_state)
+
+    def snapshot() -> state.RunState:
+        moments = state.moments_of(model, optimiser)
+        return state.RunState(progress, origin, state.parameters_of(model), best, moments, torch.get_rng_state())
+
+    num_examples = len(examples.positives)
+    num_steps = math.ceil(num_examples / options.batch_size)
+    state.save_state(state_file, snapshot())
+    with _interrupt_noted() as is_interrupted, _bar(console) as bar:
+        task = bar.add_task("", total=num_steps, loss=math.nan, recall=progress.best_metric, rate=0.0)
+        while not progress.is_finished:
+            order = _permutation(options.seed, progress.epoch, num_examples)
+            bar.reset(task, description=f"epoch {progress.epoch + 1}/{options.epochs}", completed=progress.step)
+            first_step, start_s, rate = progress.step, time.monotonic(), 0.0
+            model.train()
+            for step in range(first_step, num_steps):
+                rows = order[step * options.batch_size : (step + 1) * options.batch_size]
+                positives = examples.positives[rows]
+                loss = losses.in_batch_softmax(
+                    model.query(examples.queries.batch(rows)),
+                    model.item(take(items, positives)),
+                    positives,
+                    examples.log_q[positives] if options.logq else None,
+                    options.temperature,
+                )
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                progress = _after_step(progress, loss.item())
+                rate = (step + 1 - first_step) * options.batch_size / (time.monotonic() - start_s)
+                bar.update(task, advance=1, loss=progress.loss_sum / progress.step, rate=rate)
+                if is_interrupted():
+                    state.save_state(state_file, snapshot())
+                    raise KeyboardInterrupt
+
+            metric = validate(model, items, validation, config)[config.evaluation.metric]
+            mean_loss = progress.loss_sum / num_steps
+            progress = _after_epoch(progress, metric, options.epochs, options.patience)
+            is_best = progress.best_epoch == progress.epoch
+            if is_best:
+                best = {name: value.detach().clone() for name, value in state.parameters_of(model).items()}
+            state.save_state(state_file, snapshot())
+            bar.update(task, recall=progress.best_metric)
+            console.print(
+                f"epoch {progress.epoch:>3}  loss {mean_loss:.4f}  "
+                f"validation {config.evaluation.metric} {metric:.4f}{' *' if is_best else '  '}  "
+                f"{rate:>9,.0f} examples/s",
+                highlight=False,
+            )
+    state.restore_parameters(model, best)
+    return snapshot()
+
+
+def validate(model: TwoTowers, items: Tensors, held_out: HeldOut, config: TrainerConfig) -> dict[str, float]:
+    """Exact Recall@K and NDCG@K over all items."""
+    scores = embedding_scores(embed_queries(model.query, held_out.queries), embed_items(model.item, items))
+    return evaluate(scores, held_out.targets, held_out.excluded, config.evaluation.ks)
+
+
+def embed_queries(tower: TowerNetwork, queries: EncodedQueries) -> Tensor:
+    """Embeddings `[N, D]` of all queries, without dropout."""
+    return _embed(tower, queries.batch, len(queries))
+
+
+def embed_items(tower: TowerNetwork, items: Tensors) -> Tensor:
+    """Embeddings `[I, D]` of all items, without dropout."""
+    return _embed(tower, lambda rows: take(items, rows), len(next(iter(items.values()))))
+
+
+def take(features: Tensors, rows: Tensor) -> Tensors:
+    """Features of some rows."""
+    return {name: values[rows] for name, values in features.items()}
+
+
+def _embed(tower: TowerNetwork, batch: Callable[[Tensor], Tensors], num_rows: int) -> Tensor:
+    tower.eval()
+    with torch.inference_mode():
+        return torch.cat([tower(batch(rows)) for rows in torch.split(torch.arange(num_rows), _ROWS_AT_ONCE)])
+
+
+def _after_step(progress: state.Progress, loss: float) -> state.Progress:
+    if not math.isfinite(loss):
+        raise InvalidInputError(
+            f"the loss is {loss} in epoch {progress.epoch + 1}, step {progress.step + 1}; lower "
+            "[training] learning_rate or raise temperature"
+        )
+    return replace(progress, step=progress.step + 1, loss_sum=progress.loss_sum + loss)
+
+
+def _after_epoch(progress: state.Progress, metric: float, epochs: int, patience: int) -> state.Progress:
+    epoch = progress.epoch + 1
+    is_best = progress.best_epoch == 0 or metric > progress.best_metric
+    best_epoch = epoch if is_best else progress.best_epoch
+    return replace(
+        progress,
+        epoch=epoch,
+        step=0,
+        loss_sum=0.0,
+        best_epoch=best_epoch,
+        best_metric=metric if is_best else progress.best_metric,
+        is_finished=epoch >= epochs or epoch - best_epoch >= patience,
+    )
+
+
+def _permutation(seed: int, epoch: int, num_examples: int) -> Tensor:
+    """The order of an epoch: depends on nothing that a resumed run would have to restore."""
+    order: NDArray[np.int64] = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    return torch.from_numpy(order)
+
+
+@contextmanager
+def _interrupt_noted() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted, so that the step in hand ends first; a second one acts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        # Python delivers signals to the main thread alone.
+        yield lambda: False
+        return
+    noted = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(signal_number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
+        noted.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  best recall {task.fields[recall]:.4f}"),
+        TextColumn("{task.fields[rate]:,.0f} examples/s"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
