@@ -1,5 +1,6 @@
 """Real processes on this machine: what `LocalStack` starts, kills, restarts and ends."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -54,7 +55,7 @@ from pathlib import Path
 from cli.local_stack import LocalStack
 stack = LocalStack(store=sys.argv[1], folder=Path(sys.argv[1]), num_shards=1, query_port=0)
 stack.start()
-print(*(stack.pid(name) for name in stack.names), flush=True)
+print(stack.redis_url, *(stack.pid(name) for name in stack.names), flush=True)
 signal.pause()
 """
 
@@ -62,11 +63,13 @@ signal.pause()
 def test_the_children_of_a_killed_parent_die(store: Store) -> None:
     with subprocess.Popen(tied_python(_PARENT, store.url), stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        redis_url, *words = parent.stdout.readline().split()
+        pids = [int(pid) for pid in words]
         assert len(pids) == 4
         assert all(map(is_running, pids))
         parent.kill()
     wait_until_gone(pids)
+    shutil.rmtree(Path(redis_url.removeprefix("unix://")).parent)
 
 
 def test_a_child_whose_parent_has_ended_already_does_not_start() -> None:
