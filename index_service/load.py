@@ -19,7 +19,7 @@ import numpy as np
 from index_service.artefact import EXACT, FIRST_REVISION, ArtefactStore, checkpoint_fingerprint
 from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
 from index_service.shard import ShardIndex
-from towers.checkpoint import CheckpointStore
+from towers.checkpoint import CheckpointStore, Manifest
 from towers.errors import CorruptArtefactError, TwoTowerError
 from towers.store import Store
 
@@ -87,7 +87,7 @@ class IndexLoader:
             exact_below=self._exact_below,
         )
         build = await _run_builder(order, report)
-        index = await asyncio.to_thread(self._load, checkpoint_version, catalogue_version, order.revision)
+        index = await asyncio.to_thread(self._built, checkpoint_version, catalogue_version, order.revision)
         return LoadedIndex(index, is_from_store=index.manifest.build != build)
 
     async def prune(self, checkpoint_version: int, kept_catalogue_versions: tuple[str, ...]) -> None:
@@ -95,42 +95,45 @@ class IndexLoader:
         await asyncio.to_thread(self._artefacts.prune, checkpoint_version, kept_catalogue_versions)
 
     def _stored(self, checkpoint_version: int, catalogue_version: str) -> _Stored:
+        # Without the checkpoint there is nothing to build either, so this fails before a process is started for it.
+        checkpoint = self._checkpoint(checkpoint_version)
         revision = self._artefacts.newest_revision(checkpoint_version, catalogue_version)
         if revision is None:
             return _Stored(None, FIRST_REVISION)
         try:
-            return _Stored(self._load(checkpoint_version, catalogue_version, revision), revision)
-        except _RefusedArtefactError as error:
+            return _Stored(self._read(checkpoint, catalogue_version, revision), revision)
+        except CorruptArtefactError as error:
             _log.warning("the stored index is refused and will be replaced: %s", error)
             return _Stored(None, revision + 1)
 
-    def _load(self, checkpoint_version: int, catalogue_version: str, revision: int) -> ShardIndex:
+    def _built(self, checkpoint_version: int, catalogue_version: str, revision: int) -> ShardIndex:
+        checkpoint = self._checkpoint(checkpoint_version)
         try:
-            checkpoint = self._checkpoints.manifest(checkpoint_version)
+            return self._read(checkpoint, catalogue_version, revision)
+        except CorruptArtefactError as error:
+            # Not the checkpoint's fault: the next attempt refuses it and builds again.
+            raise TwoTowerError(f"the index that was just built is refused: {error}") from error
+
+    def _checkpoint(self, version: int) -> Manifest:
+        try:
+            return self._checkpoints.manifest(version)
         except CorruptArtefactError as error:
             raise CorruptCheckpointError(str(error)) from error
-        try:
-            artefact = self._artefacts.get(checkpoint_version, catalogue_version, revision)
-            manifest = artefact.manifest
-            if manifest.checkpoint_fingerprint != checkpoint_fingerprint(checkpoint) or manifest.dim != checkpoint.dim:
-                raise CorruptArtefactError(
-                    f"it was built from another checkpoint that was number {checkpoint_version} too"
-                )
-            is_exact = manifest.num_items == 0 or manifest.num_items < self._exact_below
-            if is_exact != (manifest.index_type == EXACT):
-                raise CorruptArtefactError(
-                    f"it is {manifest.index_type}, which {manifest.num_items} items are not to be "
-                    f"with exact_below = {self._exact_below}"
-                )
-            index = ShardIndex(artefact)
-        except CorruptArtefactError as error:
-            raise _RefusedArtefactError(str(error)) from error
+
+    def _read(self, checkpoint: Manifest, catalogue_version: str, revision: int) -> ShardIndex:
+        artefact = self._artefacts.get(checkpoint.version, catalogue_version, revision)
+        manifest = artefact.manifest
+        if manifest.checkpoint_fingerprint != checkpoint_fingerprint(checkpoint) or manifest.dim != checkpoint.dim:
+            raise CorruptArtefactError(f"it was built from another checkpoint that was number {checkpoint.version} too")
+        is_exact = manifest.num_items == 0 or manifest.num_items < self._exact_below
+        if is_exact != (manifest.index_type == EXACT):
+            raise CorruptArtefactError(
+                f"it is {manifest.index_type}, which {manifest.num_items} items are not to be "
+                f"with exact_below = {self._exact_below}"
+            )
+        index = ShardIndex(artefact)
         _warm_up(index)
         return index
-
-
-class _RefusedArtefactError(TwoTowerError):
-    """A stored index that cannot be used, while its checkpoint can."""
 
 
 def _warm_up(index: ShardIndex) -> None:

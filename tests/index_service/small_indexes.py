@@ -1,0 +1,72 @@
+"""Indexes of vectors that a test chooses, built by the real code but without a tower or a store."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from index_service.artefact import Artefact
+from index_service.build import EmbeddedItems, artefact_of
+from index_service.order import BuildOrder
+from index_service.shard import ShardIndex
+from towers.checkpoint import FileDigest, Manifest
+
+
+def unit_vectors(num: int, dim: int, seed: int = 0, num_clusters: int = 0) -> NDArray[np.float32]:
+    """`[N, D]` random unit vectors, around as many centres as asked for."""
+    random = np.random.default_rng(seed)
+    vectors = random.standard_normal((num, dim))
+    if num_clusters:
+        centres = random.standard_normal((num_clusters, dim))
+        vectors = centres[random.integers(0, num_clusters, num)] + 0.4 * vectors
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors.astype(np.float32)
+
+
+def small_artefact(
+    embeddings: NDArray[np.float32],
+    item_ids: Sequence[str] | None = None,
+    *,
+    exact_below: int = 1_000_000,
+    checkpoint_version: int = 1,
+    catalogue_version: str = "0.1",
+    revision: int = 1,
+    attributes: dict[str, Any] | None = None,
+) -> Artefact:
+    order = BuildOrder(
+        store="",
+        shard=0,
+        num_shards=1,
+        checkpoint_version=checkpoint_version,
+        catalogue_version=catalogue_version,
+        revision=revision,
+        exact_below=exact_below,
+    )
+    checkpoint = Manifest(
+        version=checkpoint_version,
+        created=datetime.now(UTC),
+        dim=embeddings.shape[1],
+        schema_fingerprint="",
+        files={"item_tower.onnx": FileDigest(sha256="0", size_bytes=1)},
+        metrics={},
+        config={},
+        data_window=None,
+        code_revision="",
+        parent_version=None,
+    )
+    ids = [str(i) for i in range(len(embeddings))] if item_ids is None else list(item_ids)
+    items = pa.table({"item_id": pa.array(ids, pa.string()), **(attributes or {})})
+    return artefact_of(order, checkpoint, 0.0, EmbeddedItems(items, embeddings, ()))
+
+
+def small_index(embeddings: NDArray[np.float32], item_ids: Sequence[str] | None = None, **how: Any) -> ShardIndex:
+    return ShardIndex(small_artefact(embeddings, item_ids, **how))
+
+
+def ids_of(index: ShardIndex, rows: NDArray[np.int64]) -> list[str]:
+    utf8, sizes = index.packed_ids(rows)
+    ends = np.cumsum(sizes).tolist()
+    return [utf8[end - size : end].decode() for end, size in zip(ends, sizes.tolist(), strict=True)]

@@ -1,0 +1,146 @@
+"""Stored indexes: whole or not there, and never believed when damaged."""
+
+import threading
+
+import numpy as np
+import pytest
+from small_indexes import small_artefact, unit_vectors
+
+from index_service.artefact import INDEX, ITEM_HASHES, ITEMS, Artefact, ArtefactStore
+from towers.errors import ConflictError, CorruptArtefactError
+from towers.store import Store
+
+CATALOGUE = "0.1"
+FOLDER = "indexes/1/0-of-1/v0.1"
+
+
+def test_round_trip(store_url):
+    artefacts = ArtefactStore(Store(store_url), 0, 1)
+    assert artefacts.newest_revision(1, CATALOGUE) is None
+    stored = small_artefact(unit_vectors(20, 4))
+    artefacts.put(stored)
+    assert artefacts.newest_revision(1, CATALOGUE) == 1
+    assert artefacts.get(1, CATALOGUE, 1) == stored
+    assert artefacts.newest_revision(2, CATALOGUE) is None
+    assert artefacts.newest_revision(1, "0.2") is None
+
+
+def test_any_catalogue_version_names_one_folder(folder_url):
+    artefacts = ArtefactStore(Store(folder_url), 0, 1)
+    versions = ("1", "..", "a/b", "a%2Fb", "a=2Fb", "ü ", "a b")
+    for version in versions:
+        artefacts.put(small_artefact(unit_vectors(2, 4), catalogue_version=version))
+    for version in versions:
+        assert artefacts.get(1, version, 1).manifest.catalogue_version == version
+    assert len(Store(folder_url).folders("indexes/1/0-of-1")) == len(versions)
+
+
+def test_of_builders_that_race_one_wins_and_nothing_is_mixed(store_url):
+    built = [small_artefact(unit_vectors(10, 4, seed=seed)) for seed in range(6)]
+    outcomes = []
+
+    def publish(artefact):
+        try:
+            ArtefactStore(Store(store_url), 0, 1).put(artefact)
+        except ConflictError:
+            outcomes.append(None)
+        else:
+            outcomes.append(artefact)
+
+    threads = [threading.Thread(target=publish, args=(artefact,)) for artefact in built]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [outcome for outcome in outcomes if outcome is not None]
+    assert len(outcomes) == 6
+    assert len(winners) == 1
+    assert ArtefactStore(Store(store_url), 0, 1).get(1, CATALOGUE, 1) == winners[0]
+
+
+def test_every_flipped_bit_is_seen(folder_url):
+    store = Store(folder_url)
+    artefacts = ArtefactStore(store, 0, 1)
+    artefact = small_artefact(unit_vectors(5, 4))
+    artefacts.put(artefact)
+    random = np.random.default_rng(0)
+    names = [f"{artefact.manifest.build}/{file}" for file in (INDEX, ITEMS, ITEM_HASHES)]
+    for path in (f"{FOLDER}/{name}" for name in (*names, "manifest-1.json")):
+        good = store.get(path)
+        for bit in random.choice(8 * len(good), size=60, replace=False).tolist():
+            bad = bytearray(good)
+            bad[bit // 8] ^= 1 << bit % 8
+            _replace(store, path, bytes(bad))
+            try:
+                read = artefacts.get(1, CATALOGUE, 1)
+            except CorruptArtefactError:
+                continue
+            assert read == artefact, f"bit {bit} of {path} went unseen"  # White space in the manifest says nothing.
+            assert path.endswith("manifest-1.json")
+        _replace(store, path, good[:-1])
+        with pytest.raises(CorruptArtefactError):
+            artefacts.get(1, CATALOGUE, 1)
+        store.delete(path)
+        with pytest.raises(CorruptArtefactError, match="is missing"):
+            artefacts.get(1, CATALOGUE, 1)
+        store.put_new(path, good)
+    assert artefacts.get(1, CATALOGUE, 1) == artefact
+
+
+@pytest.mark.parametrize(
+    "elsewhere", ["indexes/2/0-of-1/v0.1", "indexes/1/0-of-1/v0.2", "indexes/1/1-of-2/v0.1", "indexes/1/0-of-2/v0.1"]
+)
+def test_an_artefact_in_another_place_is_refused(folder_url, elsewhere):
+    store = Store(folder_url)
+    ArtefactStore(store, 0, 1).put(small_artefact(unit_vectors(5, 4)))
+    for path in store.files(FOLDER):
+        store.put_new(path.replace(FOLDER, elsewhere), store.get(path))
+    _, version, shards, catalogue = elsewhere.split("/")
+    shard, _, num_shards = shards.partition("-of-")
+    with pytest.raises(CorruptArtefactError, match="it describes another index"):
+        ArtefactStore(store, int(shard), int(num_shards)).get(int(version), catalogue[1:], 1)
+
+
+def test_a_newer_revision_replaces_and_leaves_the_older(folder_url):
+    artefacts = ArtefactStore(Store(folder_url), 0, 1)
+    first, second = (small_artefact(unit_vectors(5, 4, seed=n), revision=n) for n in (1, 2))
+    tenth = small_artefact(unit_vectors(5, 4, seed=10), revision=10)
+    for artefact in (first, second, tenth):
+        artefacts.put(artefact)
+    assert artefacts.newest_revision(1, CATALOGUE) == 10
+    assert artefacts.get(1, CATALOGUE, 10) == tenth
+    assert artefacts.get(1, CATALOGUE, 1) == first
+
+
+def test_files_without_a_manifest_are_not_there(folder_url):
+    store = Store(folder_url)
+    ArtefactStore(store, 0, 1).put(small_artefact(unit_vectors(5, 4)))
+    store.delete(f"{FOLDER}/manifest-1.json")
+    assert ArtefactStore(store, 0, 1).newest_revision(1, CATALOGUE) is None
+
+
+def test_prune_keeps_what_it_is_told_to(store_url):
+    store = Store(store_url)
+    artefacts = ArtefactStore(store, 0, 1)
+    for version in ("0.1", "0.2", "0.3"):
+        artefacts.put(small_artefact(unit_vectors(5, 4), catalogue_version=version))
+    artefacts.put(small_artefact(unit_vectors(5, 4), checkpoint_version=2))
+    artefacts.prune(1, ("0.2", "0.3"))
+    assert artefacts.newest_revision(1, "0.1") is None
+    assert not store.files(FOLDER)
+    for version in ("0.2", "0.3"):
+        artefacts.get(1, version, 1)
+    artefacts.get(2, "0.1", 1)
+
+
+def test_a_manifest_of_another_format_is_refused(folder_url):
+    artefacts = ArtefactStore(Store(folder_url), 0, 1)
+    artefact = small_artefact(unit_vectors(5, 4))
+    artefacts.put(Artefact(artefact.manifest.model_copy(update={"format": 2}), artefact.files))
+    with pytest.raises(CorruptArtefactError, match="format"):
+        artefacts.get(1, CATALOGUE, 1)
+
+
+def _replace(store, path, content):
+    store.delete(path)
+    store.put_new(path, content)

@@ -1,0 +1,211 @@
+"""The build: what it embeds, what it leaves out, what it refuses, and how its process ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from shard_process import PATIENCE_S, until
+from small_indexes import ids_of
+from toy_checkpoint import TOY_FEATURES, toy_items, toy_model
+
+from index_service.artefact import ArtefactStore
+from index_service.build import build
+from index_service.order import BuildOrder, CorruptCheckpointError
+from index_service.shard import ShardIndex
+from towers.catalogue import Catalogue, shard_of
+from towers.checkpoint import CheckpointStore
+from towers.errors import InvalidInputError
+from towers.schema import parse_schema
+
+
+def order_of(world, **how):
+    fields = {"shard": 0, "num_shards": 1, "checkpoint_version": 1, "catalogue_version": "0.1", "revision": 1}
+    return BuildOrder(store=world.url, exact_below=1000, **{**fields, **how})
+
+
+def loaded(world, order):
+    artefacts = ArtefactStore(world.store, order.shard, order.num_shards)
+    return ShardIndex(artefacts.get(order.checkpoint_version, order.catalogue_version, order.revision))
+
+
+def test_shards_hold_all_items_once_with_the_embeddings_of_the_tower(world):
+    model = toy_model(dim=12)
+    world.publish(model)
+    world.load_items()
+    query = model.query_embeddings([{"user_id": "3", "history": ["7"]}])
+    found = {}
+    progress = []
+    for shard in range(3):
+        order = order_of(world, shard=shard, num_shards=3)
+        manifest = build(order, progress.append)
+        index = loaded(world, order)
+        assert manifest.num_items == index.num_items > 0
+        assert manifest.golden_difference < 1e-5
+        hits = index.search(query.astype(np.float32), 50)
+        ids = index.attribute_values("title", hits.rows)
+        assert all(shard_of(title.removeprefix("Title "), 3) == shard for title in ids)
+        found |= dict(zip(ids, hits.scores.tolist(), strict=True))
+    exact = (model.item_embeddings(model.item_ids) @ query[0]).tolist()
+    assert {title.removeprefix("Title ") for title in found} == set(model.item_ids)
+    for item_id, score in zip(model.item_ids, exact, strict=True):
+        assert found[f"Title {item_id}"] == pytest.approx(score, abs=1e-6)
+    assert progress[-1] == 1.0
+    assert all(0 <= share <= 1 for share in progress)
+
+
+def test_an_item_whose_embedding_is_not_finite_is_quarantined(world, caplog):
+    model = toy_model()
+    model.item_table[8 + 1] = np.nan  # Item "8".
+    model.item_table[30 + 1, 2] = np.inf
+    world.publish(model)
+    world.load_items()
+    manifest = build(order_of(world), lambda _: None)
+    assert (manifest.num_items, manifest.num_quarantined) == (48, 2)
+    assert "item '8' is quarantined: its embedding is not finite" in caplog.text
+    assert "item '30' is quarantined" in caplog.text
+    index = loaded(world, order_of(world))
+    hits = index.search(model.query_embeddings([{"user_id": "1"}]).astype(np.float32), 50)
+    assert hits.counts.tolist() == [48]
+    assert len(index.rows_of(["8", "30"])) == 0
+
+
+def test_an_item_whose_features_do_not_encode_is_quarantined(world, caplog):
+    model = toy_model()
+    CheckpointStore(world.store).publish(replace(model.draft(), schema=_schema_that_reads("number")))
+    # A category may be an integer, whatever its type, but not a fraction.
+    world.load_items(pa.table({"item_id": ["a", "b", "c", "d"], "number": [1.0, 2.5, 3.0, None]}))
+    manifest = build(order_of(world), lambda _: None)
+    assert (manifest.num_items, manifest.num_quarantined) == (3, 1)
+    assert "item 'b' is quarantined: feature 'item_id' (row 0): expected a string or an integer" in caplog.text
+    index = loaded(world, order_of(world))
+    query = model.query_embeddings([{"user_id": "1"}])
+    hits = index.search(query.astype(np.float32), 3)
+    expected = dict(zip("acd", (model.item_embeddings(["1", "3", ""]) @ query[0]).tolist(), strict=True))
+    ids = ids_of(index, hits.rows)
+    assert ids == sorted(expected, key=expected.__getitem__, reverse=True)
+    assert hits.scores.tolist() == pytest.approx([expected[item_id] for item_id in ids], abs=1e-6)
+
+
+def test_only_the_first_quarantined_items_are_named(world, caplog):
+    model = toy_model(num_items=200)
+    model.item_table[100:170] = np.nan
+    world.publish(model)
+    world.load_items(toy_items(200))
+    assert build(order_of(world), lambda _: None).num_quarantined == 70
+    assert caplog.text.count(" is quarantined") == 50
+    assert "20 more items are quarantined" in caplog.text
+
+
+def test_a_tower_that_can_embed_no_item_is_refused(world):
+    model = toy_model()
+    model.item_table[5:] = np.nan
+    world.publish(model)
+    world.load_items(toy_items().slice(10))
+    with pytest.raises(InvalidInputError, match="not one of 40 items could be embedded by checkpoint 1; for example"):
+        build(order_of(world), lambda _: None)
+
+
+def test_a_column_that_the_tower_needs_is_named(world):
+    CheckpointStore(world.store).publish(replace(toy_model().draft(), schema=_schema_that_reads("track")))
+    world.load_items()
+    with pytest.raises(InvalidInputError, match="no column 'track', which feature 'item_id' of checkpoint 1 needs"):
+        build(order_of(world), lambda _: None)
+
+
+def test_an_empty_catalogue_is_refused_and_an_empty_shard_is_not(world):
+    world.publish()
+    world.load_items(toy_items(1))
+    shard = shard_of("1", 2)
+    assert build(order_of(world, shard=shard, num_shards=2), lambda _: None).num_items == 1
+    empty = build(order_of(world, shard=1 - shard, num_shards=2), lambda _: None)
+    assert (empty.num_items, empty.num_quarantined, empty.index_type) == (0, 0, "Flat")
+    Catalogue(world.store).delete(["1"])
+    with pytest.raises(InvalidInputError, match="the catalogue has no items"):
+        build(order_of(world, catalogue_version="0.2"), lambda _: None)
+
+
+def test_a_drifting_tower_is_the_checkpoints_own_fault(world):
+    draft = toy_model().draft()
+    other = toy_model(seed=2).draft()
+    CheckpointStore(world.store).publish(replace(draft, towers=other.towers))
+    world.load_items()
+    with pytest.raises(CorruptCheckpointError, match="golden item embeddings differ"):
+        build(order_of(world), lambda _: None)
+
+
+def test_the_process_says_how_far_it_is_and_how_it_ended(world):
+    world.publish()
+    world.load_items()
+    messages = _run(order_of(world))
+    assert [message["progress"] for message in messages] == sorted(message["progress"] for message in messages)
+    assert messages[-1]["build"] == loaded(world, order_of(world)).manifest.build
+    # A second build of the same revision finds the first.
+    assert _run(order_of(world))[-1]["build"] == ""
+    # And one of a checkpoint that is not there says so.
+    failure = _run(order_of(world, checkpoint_version=7), exit_code=1)[-1]
+    assert failure["failure"] == "checkpoint 7 is not published; published: [1]"
+    assert not failure["is_corrupt"]
+
+
+def test_the_process_has_low_priority_and_ends_with_its_parent(world):
+    world.publish()
+    world.load_items()
+    # A parent whose build hangs, and that is killed.
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'index_service.build', '--parent', str(os.getpid()), "
+        "sys.argv[1]], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "child.send_signal(signal.SIGSTOP)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, order_of(world).model_dump_json()], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        build_pid = int(parent.stdout.readline())
+        assert os.getpriority(os.PRIO_PROCESS, build_pid) == os.getpriority(os.PRIO_PROCESS, parent.pid) + 10
+        os.kill(parent.pid, signal.SIGKILL)
+    until(lambda: not _is_running(build_pid), "the build ends")
+
+
+def test_a_process_without_its_parent_does_nothing(world):
+    run = subprocess.run(
+        [sys.executable, "-m", "index_service.build", "--parent", "1", order_of(world).model_dump_json()],
+        capture_output=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (1, b"")
+
+
+def _run(order, exit_code=0):
+    run = subprocess.run(
+        [sys.executable, "-m", "index_service.build", "--parent", str(os.getpid()), order.model_dump_json()],
+        capture_output=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert run.returncode == exit_code, run.stderr.decode()
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def _is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _schema_that_reads(column):
+    features = [dict(feature) for feature in TOY_FEATURES]
+    features[2]["column"] = column
+    return parse_schema(features)

@@ -1,0 +1,135 @@
+"""Indexes come from the store where it can be trusted, and are built in a process of their own where it cannot."""
+
+import asyncio
+import os
+import shutil
+
+import numpy as np
+import pytest
+from shard_process import children_of
+from small_indexes import ids_of
+from toy_checkpoint import toy_model
+
+from index_service.artefact import INDEX, ArtefactStore
+from index_service.load import IndexLoader
+from index_service.order import CorruptCheckpointError
+from towers.errors import NotFoundError, TwoTowerError
+
+QUERY = {"user_id": "1", "history": ["2", "3"]}
+
+
+def load(world, catalogue_version, version=1, exact_below=20_000):
+    """The index, and the progress that was reported: none where nothing was built."""
+    progress = []
+    loader = IndexLoader(world.store, 0, 1, exact_below)
+    loaded = asyncio.run(loader.load(version, catalogue_version, progress.append))
+    return loaded, progress
+
+
+def assert_exact(loaded, model):
+    hits = loaded.index.search(model.query_embeddings([QUERY]).astype(np.float32), 10)
+    exact_ids, exact_scores = model.nearest(QUERY, model.item_ids, 10)
+    assert ids_of(loaded.index, hits.rows) == exact_ids
+    np.testing.assert_allclose(hits.scores, exact_scores, atol=1e-5)
+
+
+def test_what_is_stored_is_not_built(world):
+    model = toy_model()
+    catalogue_version = world.load_items()
+    world.publish(model)
+    world.build(1, catalogue_version)
+    loaded, progress = load(world, catalogue_version)
+    assert loaded.is_from_store
+    assert progress == []
+    assert_exact(loaded, model)
+
+
+@pytest.mark.parametrize("damage", ["bit", "missing", "other checkpoint", "other settings"])
+def test_a_stored_index_that_cannot_be_trusted_is_refused_and_replaced(world, damage, caplog):
+    model = toy_model()
+    catalogue_version = world.load_items()
+    world.publish(model)
+    world.build(1, catalogue_version)
+    exact_below = 20_000
+    (path,) = [path for path in world.store.files("indexes") if path.endswith(f"/{INDEX}")]
+    if damage == "bit":
+        content = bytearray(world.store.get(path))
+        content[-7] ^= 4
+        world.store.delete(path)
+        world.store.put_new(path, bytes(content))
+    elif damage == "missing":
+        world.store.delete(path)
+    elif damage == "other checkpoint":
+        # The checkpoints were lost, and another one was published under the same number.
+        shutil.rmtree(f"{world.url}/checkpoints")
+        model = toy_model(seed=77)
+        assert world.publish(model) == 1
+    else:
+        exact_below = 0
+    loaded, progress = load(world, catalogue_version, exact_below=exact_below)
+    assert "the stored index is refused and will be replaced" in caplog.text
+    assert not loaded.is_from_store
+    assert progress[0] == 0
+    assert progress[-1] == 1
+    assert loaded.index.manifest.index_type == ("IVF1,SQ8" if damage == "other settings" else "Flat")
+    if damage != "other settings":
+        assert_exact(loaded, model)
+    # What replaced it can be trusted: the next load builds nothing.
+    assert ArtefactStore(world.store, 0, 1).newest_revision(1, catalogue_version) == 2
+    assert load(world, catalogue_version, exact_below=exact_below)[0].is_from_store
+
+
+def test_failures_say_whose_fault_they_are(world):
+    catalogue_version = world.load_items()
+    with pytest.raises(NotFoundError, match="checkpoint 1 is not published"):
+        load(world, catalogue_version)
+    world.publish()
+    with pytest.raises(TwoTowerError, match=r"the catalogue has no version '0\.9'") as caught:
+        load(world, "0.9")
+    assert not isinstance(caught.value, CorruptCheckpointError)
+    for file in ("item_tower.onnx", "manifest.json"):
+        content = bytearray(world.store.get(f"checkpoints/1/{file}"))
+        content[0] ^= 1
+        world.store.delete(f"checkpoints/1/{file}")
+        world.store.put_new(f"checkpoints/1/{file}", bytes(content))
+        with pytest.raises(CorruptCheckpointError, match="checkpoint 1: "):
+            load(world, catalogue_version)
+
+
+def test_a_cancelled_load_leaves_no_process_and_nothing_visible(world):
+
+    catalogue_version = world.load_items()
+    world.publish()
+
+    async def run():
+        before = set(children_of(os.getpid()))
+        loader = IndexLoader(world.store, 0, 1, 20_000)
+        is_building = asyncio.Event()
+        task = asyncio.create_task(loader.load(1, catalogue_version, lambda _: is_building.set()))
+        await is_building.wait()
+        while not set(children_of(os.getpid())) - before:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert set(children_of(os.getpid())) == before
+
+    asyncio.run(run())
+    assert not world.store.files("indexes")
+
+
+def test_an_index_that_another_replica_built_first_is_used(world):
+    """Both find nothing and build; the second finds the first one's manifest when it wants to publish."""
+    model = toy_model()
+    catalogue_version = world.load_items()
+    world.publish(model)
+
+    async def run():
+        loaders = [IndexLoader(world.store, 0, 1, 20_000) for _ in range(2)]
+        return await asyncio.gather(*(loader.load(1, catalogue_version, lambda _: None) for loader in loaders))
+
+    loaded = asyncio.run(run())
+    assert sorted(replica.is_from_store for replica in loaded) == [False, True]
+    assert loaded[0].index.manifest == loaded[1].index.manifest
+    for replica in loaded:
+        assert_exact(replica, model)

@@ -1,0 +1,211 @@
+"""The shard against exact search, and at its edges."""
+
+import datetime as dt
+import subprocess
+import sys
+from decimal import Decimal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_indexes import ids_of, small_artefact, small_index, unit_vectors
+
+from index_service.artefact import INDEX, ITEM_HASHES, ITEMS, Artefact
+from index_service.shard import ShardIndex
+from towers.errors import CorruptArtefactError, InvalidInputError
+
+
+def exact_ids(items, query, k, excluded=()):
+    """The k best ids by float64, best first, and their scores."""
+    scores = items.astype(np.float64) @ query.astype(np.float64)
+    order = [i for i in np.argsort(-scores, kind="stable") if str(i) not in set(excluded)][:k]
+    return [str(i) for i in order], scores[order]
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 40])
+@pytest.mark.parametrize("k", [1, 10, 300, 1000])
+def test_exact_index_equals_numpy(num_queries, k):
+    items, queries = unit_vectors(300, 16, seed=1), unit_vectors(num_queries, 16, seed=2)
+    index = small_index(items)
+    hits = index.search(queries, k)
+    assert index.manifest.index_type == "Flat"
+    assert hits.counts.tolist() == [min(k, 300)] * num_queries
+    for i, query in enumerate(queries):
+        part = slice(i * min(k, 300), (i + 1) * min(k, 300))
+        ids, scores = exact_ids(items, query, k)
+        assert ids_of(index, hits.rows[part]) == ids
+        np.testing.assert_allclose(hits.scores[part], scores, atol=1e-6)
+
+
+def test_exclusion_is_exact_and_leaves_k_results():
+    items, queries = unit_vectors(200, 8, seed=3), unit_vectors(4, 8, seed=4)
+    index = small_index(items)
+    for num_excluded in (1, 50, 195, 199):
+        excluded = [str(i) for i in range(num_excluded)]
+        hits = index.search(queries, 20, index.rows_of([*excluded, *excluded, "not an item"]))
+        num_hits = min(20, 200 - num_excluded)
+        assert hits.counts.tolist() == [num_hits] * 4
+        for i, query in enumerate(queries):
+            assert (
+                ids_of(index, hits.rows[i * num_hits : (i + 1) * num_hits]) == exact_ids(items, query, 20, excluded)[0]
+            )
+    everything = index.rows_of([str(i) for i in range(200)])
+    assert len(everything) == 200
+    assert index.search(queries, 20, everything).counts.tolist() == [0] * 4
+
+
+def test_ivf_reaches_the_recall_that_its_manifest_states():
+    items = unit_vectors(6000, 32, seed=5, num_clusters=60)
+    index = small_index(items, exact_below=1000)
+    assert index.manifest.index_type == "IVF153,SQ8"  # 6000 / 39, below 4 * sqrt(6000)
+    assert index._index.nlist == 153
+    for effort in index.manifest.search_efforts:
+        assert effort.recall >= 0.95
+        k = effort.k
+        hits = index.search(items[:30], k)
+        assert hits.counts.tolist() == [k] * 30
+        num_right = sum(
+            len(set(ids_of(index, hits.rows[i * k : (i + 1) * k])) & set(exact_ids(items, items[i], k)[0]))
+            for i in range(30)
+        )
+        assert num_right / (30 * k) >= 0.93  # A sample of its own, so a little less than measured is fair.
+    assert index.manifest.search_efforts[0].nprobe < 153
+    for scores in index.search(unit_vectors(50, 32, seed=6), 100).scores.reshape(50, 100):
+        assert (np.diff(scores) <= 0).all()
+
+
+def test_ivf_probes_more_lists_until_there_are_k():
+    items = unit_vectors(3000, 16, seed=7, num_clusters=30)
+    index = small_index(items, exact_below=0)
+    queries = items[:5]
+    assert index.search(queries, 10_000).counts.tolist() == [3000] * 5
+    # Excluded are all but 7 of the most distant: they lie in lists that the first probe does not reach.
+    for query in queries:
+        kept = exact_ids(items, query, 3000)[0][-7:]
+        excluded = index.rows_of(sorted({str(i) for i in range(3000)} - set(kept)))
+        hits = index.search(query[None, :], 10, excluded)
+        assert hits.counts.tolist() == [7]
+        assert set(ids_of(index, hits.rows)) == set(kept)
+    # Queries that are short and queries that are not, in one call.
+    both = index.search(np.concatenate([queries, -queries]), 500, index.rows_of([str(i) for i in range(2400)]))
+    assert both.counts.tolist() == [500] * 10
+    assert (both.rows >= 0).all()
+
+
+def test_vectors_that_eight_bits_cannot_tell_apart_are_stored_whole():
+    # Half of the items are so alike that only more than 8 bits in the range of the other half tell them apart.
+    alike = unit_vectors(1, 8, seed=8) + 3e-3 * unit_vectors(1000, 8, seed=9)
+    alike /= np.linalg.norm(alike, axis=1, keepdims=True)
+    items = np.concatenate([unit_vectors(1000, 8, seed=10), alike])
+    index = small_index(items, exact_below=10)
+    assert index.manifest.index_type == "IVF51,Flat"
+    assert all(effort.recall >= 0.95 for effort in index.manifest.search_efforts)
+
+
+@pytest.mark.parametrize("num_items", [1, 2, 40])
+def test_tiny_ivf(num_items):
+    items = unit_vectors(num_items, 4, seed=9)
+    index = small_index(items, exact_below=0)
+    assert index.search(items, 5).counts.tolist() == [min(5, num_items)] * num_items
+
+
+def test_empty_shard():
+    index = small_index(np.empty((0, 8), np.float32), attributes={"title": pa.array([], pa.string())}, exact_below=0)
+    hits = index.search(unit_vectors(3, 8), 10, index.rows_of(["1"]))
+    assert hits.counts.tolist() == [0, 0, 0]
+    assert index.packed_ids(hits.rows)[0] == b""
+    assert index.attribute_values("title", hits.rows) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300), unique=True, max_size=20))
+def test_any_id_comes_back_exactly(item_ids):
+    index = small_index(unit_vectors(len(item_ids), 4), item_ids)
+    rows = index.rows_of(item_ids)
+    assert sorted(ids_of(index, rows)) == sorted(item_ids)
+    for item_id in item_ids:
+        assert ids_of(index, index.rows_of([item_id])) == [item_id]
+
+
+def test_ids_whose_hashes_collide_are_told_apart():
+    artefact = small_artefact(unit_vectors(5, 4))
+    some_hash = artefact.files[ITEM_HASHES][16:24]
+    index = ShardIndex(Artefact(artefact.manifest, {**artefact.files, ITEM_HASHES: some_hash * 5}))
+    wanted = ids_of(index, np.array([2]))
+    assert [index.rows_of([item_id]).tolist() for item_id in wanted] == [[2]]
+    assert index.rows_of(["absent"]).tolist() == []
+
+
+def test_attributes_of_rows():
+    moment = dt.datetime(2024, 5, 1, 12, tzinfo=dt.UTC)
+    attributes = {
+        "title": pa.array(["a", None, "ü"]),
+        "year": pa.array([1, 2, None]),
+        "price": pa.array([Decimal("1.5"), None, None]),
+        "added": pa.array([moment, None, moment], pa.timestamp("us", "UTC")),
+        "genres": pa.array([["x", "y"], [], None]),
+        "raw": pa.array([b"1", b"2", b"3"]),
+    }
+    index = small_index(unit_vectors(3, 4), ["0", "1", "2"], attributes=attributes)
+    assert index.attribute_names == ("title", "year", "price", "added", "genres")
+    rows = np.array([index.rows_of([item_id])[0] for item_id in ("2", "0", "1", "0")])
+    assert index.attribute_values("title", rows) == ["ü", "a", None, "a"]
+    assert index.attribute_values("genres", rows) == [None, ["x", "y"], [], ["x", "y"]]
+    assert index.attribute_values("added", rows) == [moment, moment, None, moment]
+    with pytest.raises(InvalidInputError, match=r"unknown attribute 'raw'; known: \['added', 'genres', 'price'"):
+        index.attribute_values("raw", rows)
+
+
+def _refused_searches(index):
+    """Every bad search; each must be refused before FAISS sees it."""
+    good = unit_vectors(2, 8)
+    for embeddings, k in (
+        (unit_vectors(2, 7), 5),
+        (unit_vectors(2, 9), 5),
+        (good[0], 5),
+        (good * np.float32(np.nan), 5),
+        (np.where(np.eye(2, 8, dtype=bool), np.inf, good).astype(np.float32), 5),
+        (good * np.float32(3), 5),
+        (good * np.float32(1e38), 5),
+        (good, 0),
+        (good, -1),
+    ):
+        try:
+            index.search(embeddings, k)
+        except InvalidInputError:
+            continue
+        raise RuntimeError(f"{embeddings!r}, {k} was not refused")
+
+
+@pytest.mark.parametrize("exact_below", [0, 1000])
+def test_bad_searches_are_refused(exact_below):
+    _refused_searches(small_index(unit_vectors(100, 8), exact_below=exact_below))
+
+
+def test_bad_searches_are_refused_without_assertions():
+    code = (
+        "from test_shard_index import _refused_searches, small_index, unit_vectors\n"
+        "_refused_searches(small_index(unit_vectors(100, 8), exact_below=0))\n"
+        "_refused_searches(small_index(unit_vectors(100, 8)))\n"
+        "print('refused', __debug__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-O", "-c", code],
+        cwd=__file__.rpartition("/")[0],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.stdout == "refused False\n", run.stderr
+
+
+@pytest.mark.parametrize("file", [INDEX, ITEMS, ITEM_HASHES])
+def test_files_that_do_not_fit_together_are_refused(file):
+    one, other = small_artefact(unit_vectors(10, 8)), small_artefact(unit_vectors(11, 8))
+    with pytest.raises(CorruptArtefactError, match="do not fit together"):
+        ShardIndex(Artefact(one.manifest, {**one.files, file: other.files[file]}))
+    with pytest.raises(CorruptArtefactError, match=r"does not load|do not fit together"):
+        ShardIndex(Artefact(one.manifest, {**one.files, file: b"12345678"}))
