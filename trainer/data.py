@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -95,17 +95,13 @@ def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> Traini
             on. The message names file, column and fix.
     """
     paths = data_files(config, folder)
-    id_columns = {USER_ID: config.user_id_column, ITEM_ID: config.item_id_column}
     item_features = [feature for feature in schema.features if feature.source == "items"]
     user_features = [feature for feature in schema.features if feature.source == "users"]
-    items, item_notes = _read_entities(
-        paths["items"], {ITEM_ID: id_columns[ITEM_ID]}, item_features, config.csv_separator
-    )
+    separator = config.csv_separator
+    items, item_notes = _read_entities(paths["items"], "items", config.item_id_column, item_features, separator)
     interactions = _read_interactions(paths["interactions"], config)
     if "users" in paths:
-        users, user_notes = _read_entities(
-            paths["users"], {USER_ID: id_columns[USER_ID]}, user_features, config.csv_separator
-        )
+        users, user_notes = _read_entities(paths["users"], "users", config.user_id_column, user_features, separator)
     else:
         users, user_notes = _users_without_table(interactions, user_features), []
 
@@ -208,24 +204,25 @@ def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
 
 
 def _read_entities(
-    path: Path, id_column: Mapping[str, str], features: Sequence[Feature], separator: str
+    path: Path, table_name: Literal["items", "users"], id_column: str, features: Sequence[Feature], separator: str
 ) -> tuple[Entities, list[str]]:
     """One row per id, the last of several; the id column under its standard name."""
-    [(standard, name)] = id_column.items()
-    table_name = "items" if standard == ITEM_ID else "users"
-    wanted = {name: f"[data] {standard}_column"}
+    standard = ITEM_ID if table_name == "items" else USER_ID
+    wanted = {id_column: f"[data] {standard}_column"}
     for feature in features:
-        column = name if feature.column == standard else feature.column
+        column = id_column if feature.column == standard else feature.column
         wanted.setdefault(column, f"feature {feature.name!r}")
-    as_strings = [name, *(feature.column for feature in features if feature.kind in ("categorical", "text"))]
+    as_strings = [id_column, *(feature.column for feature in features if feature.kind in ("categorical", "text"))]
     table = _read_table(path, table_name, wanted, as_strings, separator)
-    codes, ids = _id_codes(table, path, name)
+    codes, ids = _id_codes(table, path, id_column)
     # The position of each id's last row: a later assignment to the same index wins.
     last = np.zeros(len(ids), dtype=np.int64)
     last[codes] = np.arange(len(codes))
     notes = []
     if len(codes) > len(ids):
-        notes.append(f"{path}: column {name!r}: {len(codes) - len(ids):,} rows repeat an id; the last of each was kept")
+        notes.append(
+            f"{path}: column {id_column!r}: {len(codes) - len(ids):,} rows repeat an id; the last of each was kept"
+        )
     table = table.take(pa.array(last))
     columns: dict[str, Sequence[RawValue]] = {standard: ids}
     for feature in features:

@@ -89,8 +89,8 @@ def export_towers(
         golden[owner] = GoldenExamples(
             features=chosen, embeddings=torch_embeddings(network, encoders[owner], chosen).tolist()
         )
-        tower = _loaded(owner, exported[owner], golden[owner], fitted, dim=len(golden[owner].embeddings[0]))
-        differences[owner] = _difference(tower, network, encoders[owner], [*rows[owner], *chosen])
+        tower = load_unpublished(owner, exported[owner], golden[owner], fitted)
+        differences[owner] = difference(tower, network, encoders[owner], [*rows[owner], *chosen])
     return ExportedTowers(exported, golden, differences)
 
 
@@ -130,6 +130,44 @@ def export_onnx(network: TowerNetwork, encoder: FeatureEncoder) -> bytes:
     assert program is not None
     content: bytes = program.model_proto.SerializeToString()
     return content
+
+
+def load_unpublished(owner: Owner, onnx: bytes, golden: GoldenExamples, fitted: FittedSchema) -> Tower:
+    """The tower as a service would load it, under a manifest that is never published."""
+    manifest = Manifest(
+        version=1,
+        created=datetime.now(UTC),
+        dim=len(golden.embeddings[0]),
+        schema_fingerprint=fitted.schema.fingerprint,
+        files={},
+        metrics={},
+        config={},
+        data_window=None,
+        code_revision="",
+        parent_version=None,
+    )
+    return Tower(TowerFiles(owner, manifest, fitted.schema, fitted.vocabularies, golden, onnx))
+
+
+def difference(tower: Tower, network: TowerNetwork, encoder: FeatureEncoder, rows: Rows) -> float:
+    """Largest absolute difference between both, over all rows, in batches of many and of one.
+
+    Raises:
+        TwoTowerError: it is more than the tolerance.
+    """
+    batches = [rows[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows), _ROWS_AT_ONCE)]
+    alone = [[row] for row in (rows[0], rows[-2], rows[-1])]
+    largest = 0.0
+    for batch in [*batches, *alone]:
+        arrays = encoder.encode_rows(batch)
+        found = float(np.abs(tower.embed(arrays) - _torch_embeddings(network, arrays)).max())
+        if not found <= TOLERANCE:
+            raise TwoTowerError(
+                f"the exported {tower.owner} tower differs from the trained one by {found:.1e}, more than "
+                f"{TOLERANCE:.0e}; it is not published"
+            )
+        largest = max(largest, found)
+    return largest
 
 
 def unknown_row(schema: FeatureSchema, owner: Owner) -> dict[str, RawValue]:
@@ -182,40 +220,6 @@ class _FromArrays(nn.Module):
     def forward(self, *arrays: Tensor) -> Tensor:
         embeddings: Tensor = self.network(dict(zip(self.names, arrays, strict=True)))
         return embeddings
-
-
-def _loaded(owner: Owner, onnx: bytes, golden: GoldenExamples, fitted: FittedSchema, dim: int) -> Tower:
-    """The tower as a service would load it, under a manifest that is never published."""
-    manifest = Manifest(
-        version=1,
-        created=datetime.now(UTC),
-        dim=dim,
-        schema_fingerprint=fitted.schema.fingerprint,
-        files={},
-        metrics={},
-        config={},
-        data_window=None,
-        code_revision="",
-        parent_version=None,
-    )
-    return Tower(TowerFiles(owner, manifest, fitted.schema, fitted.vocabularies, golden, onnx))
-
-
-def _difference(tower: Tower, network: TowerNetwork, encoder: FeatureEncoder, rows: Rows) -> float:
-    """Largest absolute difference over all rows, in batches of many and of one."""
-    batches = [rows[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows), _ROWS_AT_ONCE)]
-    alone = [[row] for row in (rows[0], rows[-2], rows[-1])]
-    largest = 0.0
-    for batch in [*batches, *alone]:
-        arrays = encoder.encode_rows(batch)
-        difference = float(np.abs(tower.embed(arrays) - _torch_embeddings(network, arrays)).max())
-        if not difference <= TOLERANCE:
-            raise TwoTowerError(
-                f"the exported {tower.owner} tower differs from the trained one by {difference:.1e}, more than "
-                f"{TOLERANCE:.0e}; it is not published"
-            )
-        largest = max(largest, difference)
-    return largest
 
 
 def _torch_embeddings(network: TowerNetwork, arrays: Arrays) -> NDArray[np.float32]:

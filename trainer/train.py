@@ -105,8 +105,8 @@ def train_towers(
     num_examples = len(examples.positives)
     num_steps = math.ceil(num_examples / options.batch_size)
     state.save_state(state_file, snapshot())
-    with _interrupt_noted() as is_interrupted, _bar(console) as bar:
-        task = bar.add_task("", total=num_steps, loss=math.nan, recall=progress.best_metric, rate=0.0)
+    with _interrupt_noted() as is_interrupted, _bar(console, config.evaluation.metric) as bar:
+        task = bar.add_task("", total=num_steps, loss=math.nan, best=progress.best_metric, rate=0.0)
         while not progress.is_finished:
             order = _permutation(options.seed, progress.epoch, num_examples)
             bar.reset(task, description=f"epoch {progress.epoch + 1}/{options.epochs}", completed=progress.step)
@@ -139,7 +139,7 @@ def train_towers(
             if is_best:
                 best = {name: value.detach().clone() for name, value in state.parameters_of(model).items()}
             state.save_state(state_file, snapshot())
-            bar.update(task, recall=progress.best_metric)
+            bar.update(task, best=progress.best_metric)
             console.print(
                 f"epoch {progress.epoch:>3}  loss {mean_loss:.4f}  "
                 f"validation {config.evaluation.metric} {metric:.4f}{' *' if is_best else '  '}  "
@@ -228,12 +228,12 @@ def _interrupt_noted() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _bar(console: Console) -> Progress:
+def _bar(console: Console, metric: str) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  best recall {task.fields[recall]:.4f}"),
+        TextColumn(f"loss {{task.fields[loss]:.4f}}  best {metric} {{task.fields[best]:.4f}}"),
         TextColumn("{task.fields[rate]:,.0f} examples/s"),
         TimeRemainingColumn(),
         console=console,

@@ -149,7 +149,7 @@ def test_progress_on_a_terminal(world: Path, configure: Configure, tmp_path: Pat
     output = io.StringIO()
     run(configure(training__epochs=1), world, tmp_path / "state", console=Console(file=output, force_terminal=True))
     assert "epoch 1/1" in output.getvalue()
-    assert "best recall" in output.getvalue()
+    assert "best recall_at_10" in output.getvalue()
 
 
 def test_a_loss_that_is_not_finite_ends_training(world: Path, configure: Configure, tmp_path: Path) -> None:

@@ -1,0 +1,313 @@
+"""Whole trainings, from files to a published checkpoint."""
+
+import dataclasses
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from towers.checkpoint import CheckpointDraft, CheckpointStore, GoldenExamples, Manifest
+from towers.errors import ConflictError, InvalidInputError, StoreUnavailableError
+from towers.schema import parse_schema
+from towers.store import Store
+from towers.tower import Tower
+from trainer import run
+from trainer.run import Interrupted, TrainingReport, train
+
+
+class Screen(io.StringIO):
+    """What a user sees; presses Ctrl-C, a real one, when a text appears."""
+
+    def __init__(self, interrupt_at: str | None = None) -> None:
+        super().__init__()
+        self._interrupt_at = interrupt_at
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if self._interrupt_at is not None and self._interrupt_at in text:
+            self._interrupt_at = None
+            signal.raise_signal(signal.SIGINT)
+        return written
+
+
+def trained(world: Path, screen: Screen, resume: bool = False, **changes: Any) -> TrainingReport:
+    console = Console(file=screen, width=160)
+    return train(world / "toy.toml", store=str(world / "store"), resume=resume, console=console, **changes)
+
+
+def towers(world: Path, version: int) -> tuple[Tower, Tower]:
+    checkpoints = CheckpointStore(Store(str(world / "store")))
+    return Tower(checkpoints.load(version, "query")), Tower(checkpoints.load(version, "item"))
+
+
+def recall_of_published(world: Path, version: int, k: int) -> float:
+    """Recall@k on the test split, by loops over the files and the published towers, nothing of the trainer."""
+    query_tower, item_tower = towers(world, version)
+    items = pq.read_table(world / "items.parquet").to_pylist()
+    for item in items:
+        item["added"] = item["added"].timestamp()
+    names = {feature.name for feature in item_tower.encoder.features}
+    embeddings = item_tower.embed_rows([{name: item[name] for name in names} for item in items])
+    found = []
+    for user in pq.read_table(world / "users.parquet").to_pylist():
+        own = [
+            row
+            for row in pq.read_table(world / "interactions.parquet").to_pylist()
+            if row["user_id"] == user["user_id"]
+        ]
+        *history, target = [row["item_id"] for row in sorted(own, key=lambda row: row["timestamp"])]
+        age = None if np.isnan(user["age"]) else user["age"]
+        scores = embeddings @ query_tower.embed_rows([{**user, "age": age, "history": history}])[0]
+        scores[history] = -np.inf
+        found.append(target in np.argsort(-scores)[:k])
+    return float(np.mean(found))
+
+
+def test_training_publishes_a_checkpoint_that_services_load(world: Path) -> None:
+    """Interrupted after training, published by --resume, then known as published; every figure is the one promised."""
+    screen = Screen(interrupt_at="Exported both towers")
+    with pytest.raises(Interrupted, match=r"saved in .*run/state\.safetensors; the same command with --resume"):
+        trained(world, screen)
+    assert "epoch   4" in screen.getvalue()
+    checkpoints = CheckpointStore(Store(str(world / "store")))
+    assert checkpoints.versions() == []
+
+    screen = Screen()
+    report = trained(world, screen, resume=True)
+    lines = screen.getvalue().splitlines()
+    assert lines[0] == "60 users, 40 items, 600 interactions: 480 to train on, 60 to validate, 60 to test"
+    assert lines[1].startswith("Training had finished after epoch 4")
+    assert not any(line.startswith("epoch") for line in lines)
+    assert lines[-1] == "Published checkpoint 1"
+    [popularity] = [line for line in lines if "popularity" in line]
+    [two_towers] = [line for line in lines if "two towers" in line]
+    assert f"{report.metrics['test.popularity_recall_at_10']:.4f}" in popularity
+    assert f"{report.metrics['test.recall_at_10']:.4f}" in two_towers
+
+    assert report.version == 1
+    assert report.run_folder == world / "run"
+    manifest = checkpoints.manifest(1)
+    assert manifest.metrics == report.metrics
+    assert manifest.metrics.keys() == {
+        f"{prefix}{name}_at_{k}"
+        for prefix in ("validation.", "test.", "test.popularity_")
+        for name in ("recall", "ndcg")
+        for k in (5, 10)
+    }
+    assert manifest.dim == 12
+    assert manifest.config["model"]["query_hidden"] == [24]
+    assert manifest.parent_version is None
+    assert manifest.code_revision == run.code_revision()
+    window = manifest.data_window
+    assert window is not None
+    assert [moment.timestamp() for moment in window] == [1_700_000_000, 1_700_000_000 + 7 * 3600 + 59]
+
+    # All items are of two kinds, 20 each, and users like only their own: chance among those left is about 10 in 11.
+    assert report.metrics["test.recall_at_10"] > 1.5 * report.metrics["test.popularity_recall_at_10"]
+    for k in (5, 10):
+        assert report.metrics[f"test.recall_at_{k}"] == pytest.approx(recall_of_published(world, 1, k))
+    query_tower, item_tower = towers(world, 1)
+    assert (query_tower.dim, item_tower.dim) == (12, 12)
+    anyone = query_tower.embed_rows([{}, {"user_id": "nobody", "history": ["nothing"]}])
+    assert np.linalg.norm(anyone, axis=1) == pytest.approx([1.0, 1.0], abs=1e-5)
+
+    screen = Screen()
+    again = trained(world, screen, resume=True)
+    assert screen.getvalue() == "This run is already published as checkpoint 1\n"
+    assert again == report
+    assert checkpoints.versions() == [1]
+
+    content = pq.read_table(world / "items.parquet")
+    pq.write_table(content.slice(0, 39), world / "items.parquet")
+    with pytest.raises(InvalidInputError, match=r"the run was started with another file\.items; restore it"):
+        trained(world, Screen(), resume=True)
+
+
+def run_trainer(world: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", str(world / "toy.toml"), "--store", str(world / "store"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=world,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+    )
+
+
+def test_ctrl_c_in_a_real_process_leaves_a_state_that_resume_publishes(world: Path) -> None:
+    config = world / "toy.toml"
+    config.write_text(config.read_text().replace("epochs = 4", "epochs = 12").replace("patience = 4", "patience = 12"))
+    process = run_trainer(world)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch   2"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "epoch  12" not in rest
+    [line] = errors.splitlines()
+    assert line.startswith("Interrupted. The run is saved in ")
+    assert line.endswith("the same command with --resume goes on from there")
+
+    process = run_trainer(world, "--resume", "--data", str(world))
+    output, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (0, "")
+    lines = output.splitlines()
+    assert lines[1].startswith("Resuming in epoch ")
+    assert "epoch   1" not in output
+    assert lines[-1] == "Published checkpoint 1"
+    assert towers(world, 1)[1].version == 1
+
+
+def test_a_mistake_ends_with_one_line_and_exit_code_2(world: Path) -> None:
+    config = world / "toy.toml"
+    config.write_text(config.read_text().replace('name = "brand"', 'name = "make"'))
+    output, errors = (process := run_trainer(world)).communicate(timeout=60)
+    assert process.returncode == 2
+    assert output == ""
+    [line] = errors.splitlines()
+    assert "items.parquet: column 'make' (feature 'make') is missing. The file has" in line
+
+
+def test_resume_without_a_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run folder is named after the configuration unless it says otherwise."""
+    config = world / "toy.toml"
+    config.write_text(config.read_text().replace('run_folder = "run"', ""))
+    monkeypatch.chdir(world)
+    with pytest.raises(InvalidInputError, match=r"^var/runs/toy/state\.safetensors: there is no run to resume"):
+        trained(world, Screen(), resume=True)
+
+
+def test_resume_with_another_configuration(world: Path) -> None:
+    with pytest.raises(Interrupted):
+        trained(world, Screen(interrupt_at="epoch   1"))
+    config = world / "toy.toml"
+    config.write_text(config.read_text().replace("learning_rate = 0.01", "learning_rate = 0.02"))
+    with pytest.raises(
+        InvalidInputError, match=r"another config\.training\.learning_rate; restore it, or train afresh"
+    ):
+        trained(world, Screen(), resume=True)
+
+
+def test_ctrl_c_before_training_does_not_pass_an_old_run_for_this_one(world: Path) -> None:
+    with pytest.raises(Interrupted, match="--resume"):
+        trained(world, Screen(interrupt_at="epoch   1"))
+    with pytest.raises(Interrupted, match="nothing is saved, run the same command again"):
+        trained(world, Screen(interrupt_at="60 users"))
+
+
+def test_a_fresh_start_replaces_an_old_run(world: Path) -> None:
+    with pytest.raises(Interrupted):
+        trained(world, Screen(interrupt_at="epoch   2"))
+    screen = Screen(interrupt_at="epoch   1")
+    with pytest.raises(Interrupted):
+        trained(world, screen)
+    assert "epoch   1" in screen.getvalue()
+    assert "epoch   2" not in screen.getvalue()
+
+
+def test_notes_about_the_data_are_shown(world: Path) -> None:
+    items = pq.read_table(world / "items.parquet")
+    pq.write_table(pa.concat_tables([items, items.slice(0, 1)]), world / "items.parquet")
+    screen = Screen(interrupt_at="60 users")
+    with pytest.raises(Interrupted):
+        trained(world, screen)
+    assert screen.getvalue().startswith("Warning: ")
+    assert "items.parquet: column 'item_id': 1 rows repeat an id; the last of each was kept" in screen.getvalue()
+
+
+def test_an_unreachable_store_is_noticed_before_training(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    screen = Screen()
+    with pytest.raises(StoreUnavailableError):
+        train(world / "toy.toml", store="s3://bucket/x", resume=False, console=Console(file=screen))
+    assert screen.getvalue() == ""
+
+
+SCHEMA = parse_schema(
+    [
+        {"name": "user_id", "owner": "query", "kind": "categorical"},
+        {"name": "item_id", "owner": "item", "kind": "categorical"},
+    ]
+)
+GOLDEN = GoldenExamples(features=[{}], embeddings=[[1.0]])
+DRAFT = CheckpointDraft(
+    dim=1,
+    schema=SCHEMA,
+    vocabularies={"user_id": [], "item_id": []},
+    towers={"query": b"", "item": b""},
+    golden={"query": GOLDEN, "item": GOLDEN},
+    metrics={},
+    config={},
+    data_window=None,
+    code_revision="",
+    parent_version=None,
+)
+
+
+class Overtaken(CheckpointStore):
+    """A real store in which another publisher is first, a given number of times."""
+
+    def __init__(self, store: Store, times: int) -> None:
+        super().__init__(store)
+        self._times = times
+
+    def publish(self, draft: CheckpointDraft) -> Manifest:
+        if self._times:
+            self._times -= 1
+            super().publish(dataclasses.replace(draft, code_revision="the other"))
+            raise ConflictError("another publisher took the number; publish again")
+        return super().publish(draft)
+
+
+def test_a_publisher_that_is_overtaken_takes_the_next_number(tmp_path: Path) -> None:
+    screen = Screen()
+    checkpoints = Overtaken(Store(str(tmp_path)), times=2)
+    assert run.publish(checkpoints, DRAFT, Console(file=screen, width=160)) == 3
+    assert checkpoints.manifest(3).parent_version == 2
+    assert screen.getvalue().count("publishing under the next number") == 2
+
+
+def test_a_publisher_that_is_always_overtaken_gives_up_and_says_how_to_go_on(tmp_path: Path) -> None:
+    checkpoints = Overtaken(Store(str(tmp_path)), times=100)
+    with pytest.raises(ConflictError, match="with --resume, it trains nothing again"):
+        run.publish(checkpoints, DRAFT, Console(file=Screen()))
+    assert len(checkpoints.versions()) == 5
+
+
+def test_a_store_that_fails_at_the_end_says_how_to_go_on(tmp_path: Path) -> None:
+    class Broken(CheckpointStore):
+        def publish(self, draft: CheckpointDraft) -> Manifest:
+            raise StoreUnavailableError("disk full")
+
+    with pytest.raises(
+        StoreUnavailableError, match=r"disk full\. The trained towers are saved: .* --resume to publish"
+    ):
+        run.publish(Broken(Store(str(tmp_path))), DRAFT, Console(file=Screen()))
+
+
+def test_the_code_revision_is_a_commit_only_in_the_projects_own_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = run.code_revision()
+    assert revision
+    # Copied into another repository that does not track it: the package's version.
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    copied = tmp_path / "run.py"
+    copied.write_bytes(Path(run.__file__).read_bytes())
+    monkeypatch.setattr(run, "__file__", str(copied))
+    assert run.code_revision() == run.importlib.metadata.version("twotower")
