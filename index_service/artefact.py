@@ -18,9 +18,9 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Literal
 from urllib.parse import quote
 
@@ -37,6 +37,7 @@ ITEM_HASHES = "item_hashes.u64"
 FIRST_REVISION = 1
 EXACT = "Flat"
 """Index type of an exact index."""
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 _MANIFEST = re.compile(r"manifest-(\d+)\.json")
 
 
@@ -114,8 +115,8 @@ class ArtefactStore:
     def newest_revision(self, checkpoint_version: int, catalogue_version: str) -> int | None:
         """The revision that counts; None when nothing is stored."""
         folder = self._folder(checkpoint_version, catalogue_version)
-        names = (path.removeprefix(f"{folder}/") for path in self._store.files(folder))
-        return max((int(match.group(1)) for match in map(_MANIFEST.fullmatch, names) if match), default=None)
+        revisions = (_revision(path) for path in self._store.files(folder))
+        return max((revision for revision in revisions if revision is not None), default=None)
 
     def get(self, checkpoint_version: int, catalogue_version: str, revision: int) -> Artefact:
         """Reads an artefact. Nothing is parsed before its size and sha256 are right.
@@ -149,13 +150,24 @@ class ArtefactStore:
             self._store.put_new(f"{folder}/{manifest.build}/{file}", content)
         self._store.put_new(f"{folder}/manifest-{manifest.revision}.json", _sealed(manifest))
 
-    def prune(self, checkpoint_version: int, kept_catalogue_versions: Collection[str]) -> None:
-        """Deletes the artefacts of all other catalogue versions, each manifest before its files."""
+    def prune(self, checkpoint_version: int, created_before: datetime) -> None:
+        """Deletes a checkpoint's artefacts that are older than a moment, each manifest before its files.
+
+        Never what another replica, a catalogue version ahead, has just built; nor what is still without a manifest.
+        """
         parent = self._parent(checkpoint_version)
-        for name in set(self._store.folders(parent)) - {_quoted(version) for version in kept_catalogue_versions}:
-            paths = self._store.files(f"{parent}/{name}")
-            for path in sorted(paths, key=lambda path: _MANIFEST.fullmatch(path.rsplit("/", 1)[-1]) is None):
-                self._store.delete(path)
+        for name in self._store.folders(parent):
+            paths = sorted(self._store.files(f"{parent}/{name}"), key=lambda path: _revision(path) is None)
+            created = [self._created(path) for path in paths if _revision(path) is not None]
+            if created and max(created) < created_before:
+                for path in paths:
+                    self._store.delete(path)
+
+    def _created(self, manifest_path: str) -> datetime:
+        try:
+            return _unsealed(manifest_path, self._read(manifest_path)).created
+        except CorruptArtefactError:
+            return _LONG_AGO
 
     def _read(self, path: str) -> bytes:
         try:
@@ -168,6 +180,12 @@ class ArtefactStore:
 
     def _folder(self, checkpoint_version: int, catalogue_version: str) -> str:
         return f"{self._parent(checkpoint_version)}/{_quoted(catalogue_version)}"
+
+
+def _revision(path: str) -> int | None:
+    """The revision of a manifest; None for any other file."""
+    match = _MANIFEST.fullmatch(path.rsplit("/", 1)[-1])
+    return int(match.group(1)) if match else None
 
 
 def _sealed(manifest: ArtefactManifest) -> bytes:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime
 from typing import IO
 
 import faiss
@@ -90,9 +91,9 @@ class IndexLoader:
         index = await asyncio.to_thread(self._built, checkpoint_version, catalogue_version, order.revision)
         return LoadedIndex(index, is_from_store=index.manifest.build != build)
 
-    async def prune(self, checkpoint_version: int, kept_catalogue_versions: tuple[str, ...]) -> None:
-        """Deletes the stored indexes of this checkpoint's other catalogue versions."""
-        await asyncio.to_thread(self._artefacts.prune, checkpoint_version, kept_catalogue_versions)
+    async def prune(self, checkpoint_version: int, created_before: datetime) -> None:
+        """Deletes this checkpoint's stored indexes that are older than a moment."""
+        await asyncio.to_thread(self._artefacts.prune, checkpoint_version, created_before)
 
     def _stored(self, checkpoint_version: int, catalogue_version: str) -> _Stored:
         # Without the checkpoint there is nothing to build either, so this fails before a process is started for it.

@@ -6,6 +6,7 @@ Deliberately does not know what a search is.
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Generic, TypeVar
@@ -48,7 +49,7 @@ async def _serve(settings: IndexSettings) -> None:
     loader = IndexLoader(store, settings.shard, settings.num_shards, settings.exact_below)
     versions = Versions(loader, lambda: server.set_ready(versions.is_live_available))
     # More threads than cores would only make searches wait for each other.
-    with search_executor(len(os.sched_getaffinity(0))) as executor:
+    with search_executor(_num_cores()) as executor:
         index_service_pb2_grpc.add_IndexServiceServicer_to_server(
             IndexServicer(versions, executor, settings.shard, settings.num_shards), server.grpc
         )
@@ -67,6 +68,11 @@ async def _serve(settings: IndexSettings) -> None:
         if isinstance(outcome, Exception):
             raise outcome
     _log.info("shard %d of %d has stopped", settings.shard, settings.num_shards)
+
+
+def _num_cores() -> int:
+    """Cores that this process may use, fewer than the machine has in a container."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 async def _follow_deployment(store: Store, versions: Versions, interval_s: float) -> None:

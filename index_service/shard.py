@@ -130,15 +130,17 @@ class ShardIndex:
 
     def rows_of(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Rows of those ids that this shard holds, each once, rising."""
-        wanted = {item_id.encode() for item_id in item_ids}
-        found: list[int] = []
-        for utf8 in wanted:
-            item_hash = xxhash.xxh3_64_intdigest(utf8)
-            row = int(np.searchsorted(self._hashes, np.uint64(item_hash)))
-            while row < self.num_items and self._hashes[row] == item_hash:
-                if self._utf8_id(row) == utf8:
-                    found.append(row)
-                row += 1
+        wanted = list({item_id.encode() for item_id in item_ids})
+        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, wanted), dtype=np.uint64, count=len(wanted))
+        # [first, end) holds one row where this shard has the id, none where not, and more only where hashes collide.
+        firsts = np.searchsorted(self._hashes, hashes).tolist()
+        ends = np.searchsorted(self._hashes, hashes, side="right").tolist()
+        found = [
+            row
+            for utf8, first, end in zip(wanted, firsts, ends, strict=True)
+            for row in range(first, end)
+            if self._utf8_id(row) == utf8
+        ]
         return np.array(sorted(found), dtype=np.int64)
 
     def packed_ids(self, rows: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:

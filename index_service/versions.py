@@ -19,6 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 from index_service.load import LoadedIndex
@@ -66,8 +67,8 @@ class Loader(Protocol):
     ) -> LoadedIndex:
         """Obtains an index; `report` is told the progress of a build."""
 
-    async def prune(self, checkpoint_version: int, kept_catalogue_versions: tuple[str, ...]) -> None:
-        """Deletes the stored indexes of other catalogue versions."""
+    async def prune(self, checkpoint_version: int, created_before: datetime) -> None:
+        """Deletes a checkpoint's stored indexes that are older than a moment."""
 
 
 class _Version:
@@ -199,7 +200,7 @@ class Versions:
         def report(progress: float) -> None:
             version.build_progress = progress
 
-        replaced = _catalogue_of(version)
+        replaced = version.loaded
         version.is_loading = True
         try:
             loaded = await self._loader.load(version.version, catalogue_version, report)
@@ -210,8 +211,8 @@ class Versions:
         finally:
             version.is_loading = False
             version.build_progress = None
-        if replaced is not None and _catalogue_of(version) == catalogue_version:
-            await self._prune(version.version, (replaced, catalogue_version))
+        if replaced is not None and replaced is not version.loaded:
+            await self._prune(version.version, replaced.index.manifest.created)
 
     def _swap(self, version: _Version, loaded: LoadedIndex) -> None:
         # Requests in flight hold the old index themselves; it is freed at the last reference.
@@ -228,10 +229,10 @@ class Versions:
             "from the store" if loaded.is_from_store else "built here",
         )
 
-    async def _prune(self, version: int, kept_catalogue_versions: tuple[str, ...]) -> None:
-        """The index before stays in the store, for replicas that are a poll behind."""
+    async def _prune(self, version: int, created_before: datetime) -> None:
+        """The index just replaced stays in the store, for replicas that are a poll behind."""
         try:
-            await self._loader.prune(version, kept_catalogue_versions)
+            await self._loader.prune(version, created_before)
         except TwoTowerError as error:
             _log.warning("old indexes of checkpoint %d stay in the store: %s", version, error)
 

@@ -13,6 +13,7 @@ from index_service.build import EmbeddedItems, artefact_of
 from index_service.order import BuildOrder
 from index_service.shard import ShardIndex
 from towers.checkpoint import FileDigest, Manifest
+from towers.errors import InvalidInputError
 
 
 def unit_vectors(num: int, dim: int, seed: int = 0, num_clusters: int = 0) -> NDArray[np.float32]:
@@ -70,3 +71,24 @@ def ids_of(index: ShardIndex, rows: NDArray[np.int64]) -> list[str]:
     utf8, sizes = index.packed_ids(rows)
     ends = np.cumsum(sizes).tolist()
     return [utf8[end - size : end].decode() for end, size in zip(ends, sizes.tolist(), strict=True)]
+
+
+def check_bad_searches_are_refused(index: ShardIndex) -> None:
+    """Every bad search; each must be refused before FAISS sees it."""
+    good = unit_vectors(2, 8)
+    for embeddings, k in (
+        (unit_vectors(2, 7), 5),
+        (unit_vectors(2, 9), 5),
+        (good[0], 5),
+        (good * np.float32(np.nan), 5),
+        (np.where(np.eye(2, 8, dtype=bool), np.inf, good).astype(np.float32), 5),
+        (good * np.float32(3), 5),
+        (good * np.float32(1e38), 5),
+        (good, 0),
+        (good, -1),
+    ):
+        try:
+            index.search(embeddings, k)
+        except InvalidInputError:
+            continue
+        raise RuntimeError(f"{embeddings!r}, {k} was not refused")

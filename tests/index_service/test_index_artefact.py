@@ -119,18 +119,21 @@ def test_files_without_a_manifest_are_not_there(folder_url):
     assert ArtefactStore(store, 0, 1).newest_revision(1, CATALOGUE) is None
 
 
-def test_prune_keeps_what_it_is_told_to(store_url):
+def test_prune_deletes_what_is_older_and_whole(store_url):
     store = Store(store_url)
     artefacts = ArtefactStore(store, 0, 1)
-    for version in ("0.1", "0.2", "0.3"):
-        artefacts.put(small_artefact(unit_vectors(5, 4), catalogue_version=version))
+    built = {version: small_artefact(unit_vectors(5, 4), catalogue_version=version) for version in ("1", "2", "3")}
+    for artefact in built.values():
+        artefacts.put(artefact)
     artefacts.put(small_artefact(unit_vectors(5, 4), checkpoint_version=2))
-    artefacts.prune(1, ("0.2", "0.3"))
-    assert artefacts.newest_revision(1, "0.1") is None
-    assert not store.files(FOLDER)
-    for version in ("0.2", "0.3"):
-        artefacts.get(1, version, 1)
+    store.put_new("indexes/1/0-of-1/v4/abc/index.faiss", b"a build in progress")
+    artefacts.prune(1, built["2"].manifest.created)
+    assert artefacts.newest_revision(1, "1") is None
+    assert not store.files("indexes/1/0-of-1/v1")
+    for version in ("2", "3"):
+        assert artefacts.get(1, version, 1) == built[version]
     artefacts.get(2, "0.1", 1)
+    assert store.files("indexes/1/0-of-1/v4")
 
 
 def test_a_manifest_of_another_format_is_refused(folder_url):

@@ -44,10 +44,10 @@ class ControlledLoader:
         )
         return LoadedIndex(index, is_from_store=False)
 
-    async def prune(self, checkpoint_version, kept_catalogue_versions):
+    async def prune(self, checkpoint_version, created_before):
         if self.prune_error:
             raise self.prune_error
-        self.pruned.append((checkpoint_version, kept_catalogue_versions))
+        self.pruned.append((checkpoint_version, created_before))
 
     async def next(self):
         return await asyncio.wait_for(self.asked.get(), 20)
@@ -228,6 +228,7 @@ def test_a_new_catalogue_is_swapped_in_between_requests():
     async def run():
         async with following() as (versions, loader):
             await load_both(versions, loader)
+            replaced = [held(versions, version).manifest.created for version in (1, 2)]
             with versions.pin(1) as old:
                 versions.follow_catalogue("0.2")
                 assert await loader.next() == (1, "0.2")
@@ -243,7 +244,7 @@ def test_a_new_catalogue_is_swapped_in_between_requests():
             versions.follow_catalogue("0.4")
             loader.finish(2, "0.2")
             assert await loader.next() == (1, "0.4")
-            assert loader.pruned == [(1, ("0.1", "0.2")), (2, ("0.1", "0.2"))]
+            assert loader.pruned == list(zip((1, 2), replaced, strict=True))
 
     asyncio.run(run())
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_indexes import ids_of, small_artefact, small_index, unit_vectors
+from small_indexes import check_bad_searches_are_refused, ids_of, small_artefact, small_index, unit_vectors
 
 from index_service.artefact import INDEX, ITEM_HASHES, ITEMS, Artefact
 from index_service.shard import ShardIndex
@@ -158,37 +158,16 @@ def test_attributes_of_rows():
         index.attribute_values("raw", rows)
 
 
-def _refused_searches(index):
-    """Every bad search; each must be refused before FAISS sees it."""
-    good = unit_vectors(2, 8)
-    for embeddings, k in (
-        (unit_vectors(2, 7), 5),
-        (unit_vectors(2, 9), 5),
-        (good[0], 5),
-        (good * np.float32(np.nan), 5),
-        (np.where(np.eye(2, 8, dtype=bool), np.inf, good).astype(np.float32), 5),
-        (good * np.float32(3), 5),
-        (good * np.float32(1e38), 5),
-        (good, 0),
-        (good, -1),
-    ):
-        try:
-            index.search(embeddings, k)
-        except InvalidInputError:
-            continue
-        raise RuntimeError(f"{embeddings!r}, {k} was not refused")
-
-
 @pytest.mark.parametrize("exact_below", [0, 1000])
 def test_bad_searches_are_refused(exact_below):
-    _refused_searches(small_index(unit_vectors(100, 8), exact_below=exact_below))
+    check_bad_searches_are_refused(small_index(unit_vectors(100, 8), exact_below=exact_below))
 
 
 def test_bad_searches_are_refused_without_assertions():
     code = (
-        "from test_shard_index import _refused_searches, small_index, unit_vectors\n"
-        "_refused_searches(small_index(unit_vectors(100, 8), exact_below=0))\n"
-        "_refused_searches(small_index(unit_vectors(100, 8)))\n"
+        "from small_indexes import check_bad_searches_are_refused, small_index, unit_vectors\n"
+        "check_bad_searches_are_refused(small_index(unit_vectors(100, 8), exact_below=0))\n"
+        "check_bad_searches_are_refused(small_index(unit_vectors(100, 8)))\n"
         "print('refused', __debug__)"
     )
     run = subprocess.run(
