@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, settings
 from valkey_server import ValkeyServer
 
 # No timed assertions: a slow machine is no failure. No database: each run stands alone.
-settings.register_profile("tests", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "tests", max_examples=50, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("tests")
 
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}

@@ -39,8 +39,8 @@ CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.min_reconnect_backoff_ms", 2000),
 )
 
-_MAX_DETAILS = 1000
-"""Characters of an error's message: a client refuses trailers above 8 to 16 KiB, and one takes up to 12 bytes."""
+_MAX_DETAILS = 500
+"""Characters of an error's message: a client may refuse trailers above 8 KiB, and one takes up to 12 bytes."""
 
 _log = logging.getLogger(__name__)
 

@@ -72,9 +72,9 @@ def test_load_update_delete_compact(store_url: str) -> None:
 def test_every_state_stays_readable_over_compactions(store_url: str) -> None:
     catalogue = Catalogue(Store(store_url))
     states = {}
-    for step in range(6):
+    for step in range(4):
         catalogue.upsert(pa.table({"item_id": ["same", f"item{step}"], "step": [step, step]}))
-        if step % 3 == 2:
+        if step == 2:
             catalogue.delete([f"item{step - 1}"])
         version = catalogue.version()
         assert version is not None
@@ -82,7 +82,7 @@ def test_every_state_stays_readable_over_compactions(store_url: str) -> None:
         if step % 2:
             catalogue.compact()
             assert catalogue.version() == version
-    assert len(states) == 6
+    assert len(states) == 4
     for reader in (catalogue, Catalogue(Store(store_url))):
         for version, items in states.items():
             assert reader.read(version).items.equals(items)
@@ -94,7 +94,30 @@ def test_compacting_twice_writes_once(folder_url: str) -> None:
     catalogue.compact()
     catalogue.compact()
     assert DeltaTable(f"{folder_url}/catalog/items").version() == 0
-    assert sum(len(file) for file in [DeltaTable(f"{folder_url}/catalog/items").file_uris()]) == 1
+
+
+class CountingStore(Store):
+    """Counts what is asked of it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.num_gets = 0
+
+    def get(self, path: str) -> bytes:
+        self.num_gets += 1
+        return super().get(path)
+
+
+def test_following_costs_two_small_reads(folder_url: str) -> None:
+    store = CountingStore(folder_url)
+    catalogue = Catalogue(store)
+    for _ in range(5):
+        catalogue.upsert(toy_items(3))
+    catalogue.compact()
+    version = catalogue.version()
+    store.num_gets = 0
+    assert catalogue.version() == version
+    assert store.num_gets == 2
 
 
 def test_before_the_first_load(store_url: str) -> None:
@@ -167,10 +190,15 @@ def test_a_foreign_writer_may_append_changes(folder_url: str) -> None:
     catalogue = Catalogue(Store(folder_url))
     catalogue.upsert(pa.table({"item_id": ["1", "2"], "title": ["a", "b"]}))
     version = catalogue.version()
-    rows = {"_op": ["upsert", "delete"], "_row": [0, 1], "item_id": ["1", "2"], "title": ["A", None]}
+    rows = {
+        "_op": ["upsert"] * 2 + ["delete"],
+        "_row": [2, 1, 0],
+        "item_id": ["1", "1", "2"],
+        "title": ["A", "B", None],
+    }
     write_deltalake(f"{folder_url}/catalog/changes", pa.table(rows), mode="append")
     assert catalogue.version() != version
-    assert _rows(catalogue) == {"1": {"title": "A"}}
+    assert _rows(catalogue) == {"1": {"title": "A"}}, "in the order of _row"
     rows = {"_op": ["replace"], "_row": [0], "item_id": ["1"], "title": ["A"]}
     write_deltalake(f"{folder_url}/catalog/changes", pa.table(rows), mode="append")
     with pytest.raises(CorruptArtefactError, match="_op must be"):
@@ -182,6 +210,11 @@ def test_the_log_of_changes_cannot_be_rewritten(folder_url: str) -> None:
     catalogue.upsert(toy_items(3))
     with pytest.raises(Exception, match="append-only"):
         DeltaTable(f"{folder_url}/catalog/changes").delete("item_id = '1'")
+    DeltaTable(f"{folder_url}/catalog/changes").alter.set_table_properties({"delta.appendOnly": "false"})
+    assert len(_rows(catalogue)) == 3
+    DeltaTable(f"{folder_url}/catalog/changes").delete("item_id = '1'")
+    with pytest.raises(CorruptArtefactError, match="the log is append-only"):
+        catalogue.read()
 
 
 @pytest.mark.parametrize("table", ["changes", "items"])
@@ -208,6 +241,10 @@ def test_maintenance_by_other_tools_changes_no_version(folder_url: str, table: s
     catalogue.upsert(pa.table({"item_id": ["1"], "title": ["new"]}))
     assert catalogue.version() != state.version
     assert _rows(catalogue)["1"] == {"title": "new"}
+    numbers = [int(number) for number in state.version.split(".")]
+    numbers[["items", "changes"].index(table)] += 1
+    with pytest.raises(NotFoundError):  # One name for one state.
+        catalogue.read(f"{numbers[0]}.{numbers[1]}")
 
 
 def test_checkpoints_of_the_log_keep_every_state(folder_url: str) -> None:
@@ -243,7 +280,7 @@ def test_two_that_create_the_catalogue(folder_url: str) -> None:
 
 
 def test_concurrent_writers_lose_nothing(store_url: str) -> None:
-    num_writers, num_rounds = 4, 4
+    num_writers, num_rounds = 3, 3
     barrier = threading.Barrier(num_writers)
 
     def write(writer: int) -> list[str]:
@@ -335,7 +372,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("delay_s", [0.05, 0.1, 0.15, 0.2, 0.25])
+@pytest.mark.parametrize("delay_s", [0.05, 0.15, 0.25])
 def test_kill_9_leaves_whole_commits(folder_url: str, delay_s: float) -> None:
     with subprocess.Popen(tied_python(_KILLED_WRITER, folder_url), stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None

@@ -110,7 +110,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize(("kind", "num_rounds"), [("folder", 30), ("s3", 6)])
+@pytest.mark.parametrize(("kind", "num_rounds"), [("folder", 20), ("s3", 4)])
 def test_of_publishers_that_race_exactly_one_wins(request: pytest.FixtureRequest, kind: str, num_rounds: int) -> None:
     url = request.getfixturevalue(f"{kind}_url")
     dims = (3, 4, 5)

@@ -114,7 +114,7 @@ def test_anything_else_is_internal_without_its_text(raised: Exception, caplog: p
     assert any(record.exc_info and "secret" in str(record.exc_info[1]) for record in caplog.records)
 
 
-@pytest.mark.parametrize("message", ["x" * 100_000, "ü🎬" * 20_000, "two\nlines", "lone \ud800 surrogate", "nul\0", ""])
+@pytest.mark.parametrize("message", ["x" * 100_000, "🎬" * 20_000, "two\nlines", "lone \ud800 surrogate", "nul\0", ""])
 def test_no_message_is_too_much_for_the_wire(message: str, caplog: pytest.LogCaptureFixture) -> None:
     failure = _failure(InvalidInputError(message), caplog)
     assert failure.code() == grpc.StatusCode.INVALID_ARGUMENT
