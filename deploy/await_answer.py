@@ -1,4 +1,4 @@
-"""Asks a deployment that serves the toy data until it answers as expected: `await_answer.py ADDRESS --version 2`.
+"""Asks a deployment that serves the toy data, again and again, until it answers as expected.
 
 Deliberately knows only the client: what is judged here is what a caller sees.
 """
@@ -25,6 +25,8 @@ def problem_of(answer: Retrieval, version: int, shards: int) -> str:
         return f"answered at version {answer.checkpoint_version}"
     if (answer.shards_answered, answer.shards_total) != (shards, shards):
         return f"{answer.shards_answered} of {answer.shards_total} shards answered: {answer.degraded_reasons}"
+    if not answer.embedding_cached:
+        return "the embedding did not come from the cache"
     if len(titled) != K:
         return f"{len(titled)} of {K} items came with a title"
     if len(liked) < FEWEST_OF_THE_GENRE:

@@ -14,7 +14,6 @@ from pathlib import Path
 class Stage:
     """One `FROM … AS name` and its instructions, those of the stages below it first."""
 
-    name: str
     instructions: tuple[tuple[str, str], ...]
     """Pairs of keyword and arguments."""
 
@@ -42,7 +41,7 @@ def read_stages(path: Path) -> dict[str, Stage]:
         word, _, arguments = line.strip().partition(" ")
         if word == "FROM":
             parent, _, name = arguments.split()
-            stages[name] = Stage(name, stages[parent].instructions if parent in stages else ())
+            stages[name] = Stage(stages[parent].instructions if parent in stages else ())
         elif word and name:
-            stages[name] = Stage(name, (*stages[name].instructions, (word, arguments.strip())))
+            stages[name] = Stage((*stages[name].instructions, (word, arguments.strip())))
     return stages
