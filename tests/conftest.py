@@ -3,6 +3,7 @@
 Deliberately does not know any room; a room's own fixtures are in its own conftest.
 """
 
+import os
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import pytest
 from child_process import tied_python
 from hypothesis import HealthCheck, settings
 from valkey_server import ValkeyServer
+
+# Before torch is imported, which reads it then: spinning threads starve themselves when the cores are busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # No timed assertions: a slow machine is no failure. No database: each run stands alone.
 settings.register_profile(

@@ -4,6 +4,7 @@ Deliberately does not know how training works.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def main() -> int:
 
 
 def _train(arguments: argparse.Namespace, errors: Console) -> int:
+    # Read when torch is imported: threads that spin while they wait starve themselves on busy cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Here, because torch takes seconds to import, and Ctrl-C must find somebody to catch it.
     from trainer.run import Interrupted, train
 
