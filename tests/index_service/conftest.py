@@ -71,6 +71,11 @@ def world(folder_url: str) -> World:
 
 
 @pytest.fixture
+def s3_world(s3_url: str) -> World:
+    return World(s3_url)
+
+
+@pytest.fixture
 def start_shard() -> Iterator[Callable[..., ShardProcess]]:
     """Starts shard replicas; those that still run at the end are killed."""
     with ExitStack() as running:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from shard_process import children_of
 from small_indexes import ids_of
-from toy_checkpoint import toy_model
+from toy_checkpoint import toy_items, toy_model
 
 from index_service.artefact import INDEX, ArtefactStore
 from index_service.load import IndexLoader
 from index_service.order import CorruptCheckpointError
+from towers.catalogue import shard_of
 from towers.errors import NotFoundError, TwoTowerError
 
 QUERY = {"user_id": "1", "history": ["2", "3"]}
@@ -133,3 +134,22 @@ def test_an_index_that_another_replica_built_first_is_used(world):
     assert loaded[0].index.manifest == loaded[1].index.manifest
     for replica in loaded:
         assert_exact(replica, model)
+
+
+def test_a_bucket_does_as_well_as_a_folder(s3_world):
+    model = toy_model()
+    catalogue_version = s3_world.load_items()
+    s3_world.publish(model)
+    loaded, progress = load(s3_world, catalogue_version)
+    assert (loaded.is_from_store, progress[-1]) == (False, 1)
+    assert_exact(loaded, model)
+    assert load(s3_world, catalogue_version)[0].is_from_store
+
+
+def test_a_shard_without_items_is_an_index_like_any_other(world):
+    catalogue_version = world.load_items(toy_items(1))
+    world.publish()
+    loader = IndexLoader(world.store, 1 - shard_of("1", 2), 2, 20_000)
+    loaded = asyncio.run(loader.load(1, catalogue_version, lambda _: None))
+    assert loaded.index.num_items == 0
+    assert loaded.index.search(toy_model().query_embeddings([QUERY]).astype(np.float32), 10).counts.tolist() == [0]

@@ -118,6 +118,7 @@ def test_follows_the_record_and_the_catalogue_while_it_answers(world, start_shar
 
         # Version 2 is omitted, 3 comes; the dimension of 1 and 3 is the same, their answers are not.
         world.publish(models[3])
+        world.build(3, first_catalogue)
         world.stage(3)
         shard.until_state(3, "AVAILABLE")
         shard.until_versions([1, 3])
