@@ -179,13 +179,10 @@ class Catalogue:
         snapshot = self.read()
         items_edit, changes_edit = self._parsed(snapshot.version)
         if table is not None:
-            is_stale = self._items.edit_at(table.version() + 1) != items_edit
-            if is_stale:
+            if self._items.edit_at(table.version() + 1) != items_edit:
                 raise ConflictError("the catalogue's items changed while they were compacted; try again")
-            if table.transaction_version(_FOLDED) == changes_edit:
+            if _num_folded(table) == changes_edit:
                 return
-        if table is None and changes_edit == 0:
-            return
         self._items.write(
             table,
             snapshot.items,
@@ -242,9 +239,9 @@ class Catalogue:
                 continue
             table = self._items.open(number)
             assert table is not None
-            with _translated(f"catalogue version {version}"):
-                num_folded = table.transaction_version(_FOLDED) or 0
-                if num_folded <= changes_edit:
+            num_folded = _num_folded(table)
+            if num_folded <= changes_edit:
+                with _translated(f"catalogue version {version}"):
                     return pa.table(table.scan()), num_folded
             number -= 1
         if items_edit != 0:
@@ -414,6 +411,12 @@ def _edit(actions: Sequence[dict[str, Any]], number: int) -> int | None:
             return int(compacted_edit)
     changes_data = any(action.get(kind, {}).get("dataChange") for action in actions for kind in ("add", "remove"))
     return number if changes_data else None
+
+
+def _num_folded(items: DeltaTable) -> int:
+    """How many commits of `changes` a snapshot contains."""
+    with _translated("catalog/items"):
+        return items.transaction_version(_FOLDED) or 0
 
 
 def _named(state: tuple[int, int]) -> str:
