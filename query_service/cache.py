@@ -139,8 +139,14 @@ class EmbeddingCache:
         """A command in a task of its own, which ends by itself: cancelled, it could lose a connection of the pool."""
         task = asyncio.create_task(command)
         self._commands.add(task)
-        task.add_done_callback(self._commands.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._commands.discard(task)
+        if not task.cancelled():
+            # A failure after the lookup gave up concerns nobody; unread, asyncio would log it.
+            task.exception()
 
     async def _read(self, keys: Sequence[str]) -> Sequence[Any]:
         return await self._redis.mget(keys)

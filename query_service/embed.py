@@ -66,6 +66,6 @@ class Embedder:
         if not is_finite.all():
             raise InvalidFeatureError(
                 f"query {rows[int(is_finite.argmin())]}: version {pin.version} gives it no finite embedding; "
-                "are the numbers of a vector feature too large?"
+                "its vector features are too large, or too much is missing"
             )
         return embeddings

@@ -39,4 +39,6 @@ CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     # The default backs off for up to two minutes: a restarted server would stay unseen for as long.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Despite its name the time that connecting may take; the default is longer than any deadline here.
+    ("grpc.min_reconnect_backoff_ms", 2000),
 )

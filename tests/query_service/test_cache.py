@@ -1,6 +1,7 @@
 """The embedding cache on a real Valkey: what is found is what was stored, and any failure is a miss."""
 
 import asyncio
+import gc
 import hashlib
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -109,6 +110,7 @@ def test_every_truncation_and_every_changed_byte_is_a_miss(valkey: ValkeyServer)
         EMBEDDING.tobytes(),
         b"",
     ],
+    ids=["version", "digest", "shorter", "longer", "nan", "inf", "bare", "empty"],
 )
 def test_a_whole_value_of_another_kind_is_a_miss(valkey: ValkeyServer, value: bytes) -> None:
     async def check() -> None:
@@ -150,7 +152,9 @@ def test_lifetimes_vary_by_a_tenth(valkey: ValkeyServer) -> None:
     asyncio.run(check())
 
 
-def test_a_stopped_server_is_asked_once_and_then_skipped(valkey: ValkeyServer) -> None:
+def test_a_stopped_server_is_asked_once_and_then_skipped(
+    valkey: ValkeyServer, caplog: pytest.LogCaptureFixture
+) -> None:
     async def check() -> None:
         async with caching(valkey, timeout_s=0.02) as cache:
             valkey.stop()
@@ -166,6 +170,8 @@ def test_a_stopped_server_is_asked_once_and_then_skipped(valkey: ValkeyServer) -
             await stored(cache, 1, DIGEST, EMBEDDING)
 
     asyncio.run(check())
+    gc.collect()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_a_full_server_refuses_writes_and_is_still_read(valkey: ValkeyServer) -> None:

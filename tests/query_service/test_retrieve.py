@@ -2,15 +2,30 @@
 
 import asyncio
 import math
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from exact_shard import ExactShard
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from onnx import TensorProto, helper, numpy_helper
 from query_system import PATIENCE_S, World, assert_exact, query_of, running, status_code, until, value_of
 from retrieval.query.v1 import query_service_pb2
-from toy_checkpoint import ToyModel, toy_items
+from toy_checkpoint import TOY_FEATURES, ToyModel, toy_items, toy_model
+
+from query_service.cache import EmbeddingCache
+from query_service.deadline import Deadline
+from query_service.embed import Embedder
+from query_service.fan_out import Shards
+from query_service.offload import Offload
+from query_service.parse import Limits
+from query_service.retrieve import Retriever
+from query_service.versions import Versions
+from towers.checkpoint import CheckpointDraft, CheckpointStore, GoldenExamples
+from towers.errors import DeadlineError
+from towers.schema import parse_schema
 
 QUERIES: list[dict[str, Any]] = [
     {"user_id": "1", "history": ["3", "4", "5"]},
@@ -197,3 +212,69 @@ def test_the_status_tells_versions_shards_cache_and_features(world: World, model
             assert features == [("user_id", "categorical"), ("history", "sequence")]
 
     asyncio.run(check())
+
+
+def test_a_deadline_that_has_passed_starts_no_work(world: World, models: dict[int, ToyModel]) -> None:
+    async def check() -> None:
+        async with ExactShard(0, 1, models) as shard:
+            versions, shards, offload = Versions(world.store, 0.02), Shards([shard.address]), Offload()
+            embedder = Embedder(EmbeddingCache("", ttl_s=1, timeout_s=1), offload)
+            retriever = Retriever(versions, embedder, shards, offload, Limits(10, 10, 1))
+            following = asyncio.create_task(versions.follow())
+            await versions.ready.wait()
+            request = query_service_pb2.RetrieveRequest(query=query_of(QUERIES[0]), k=5)
+            [response] = await retriever.retrieve(request, [request.query], Deadline.after(PATIENCE_S))
+            assert len(response.item_ids) == 5
+            with pytest.raises(DeadlineError):
+                await retriever.retrieve(request, [request.query], Deadline.after(0))
+            with pytest.raises(DeadlineError):
+                await retriever.embed([request.query], Deadline.after(-1))
+            assert shard.num_calls == 1
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            await shards.close()
+            offload.close()
+
+    asyncio.run(check())
+
+
+def test_an_embedding_that_is_not_finite_is_the_querys_fault(empty_world: World) -> None:
+    model = toy_model(dim=2)
+    CheckpointStore(empty_world.store).publish(with_taste(model.draft()))
+    empty_world.deploy(live=1)
+
+    async def check() -> None:
+        async with running(empty_world, {1: model}) as system:
+            assert (await system.retrieve({"taste": [0.5, 0.5]})).shards_answered == 2
+            for wrong in ({"taste": [3e38, 1.0]}, {}):
+                code, message = await status_code(system.batch_retrieve([{"taste": [1.0, 1.0]}, wrong]))
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+                assert message.startswith("query 1: version 1 gives it no finite embedding")
+
+    asyncio.run(check())
+
+
+def with_taste(draft: CheckpointDraft) -> CheckpointDraft:
+    """A query tower that takes a vector, ten times too large for its own good, and normalises it by hand."""
+    nodes = [
+        helper.make_node("Mul", ["feature_taste", "ten"], ["scaled"]),
+        helper.make_node("ReduceL2", ["scaled", "last_axis"], ["norm"], keepdims=1),
+        helper.make_node("Div", ["scaled", "norm"], ["tower_output"]),
+    ]
+    constants = {"ten": np.array(10.0, dtype=np.float32), "last_axis": np.array([-1], dtype=np.int64)}
+    graph = helper.make_graph(
+        nodes,
+        "query_tower",
+        [helper.make_tensor_value_info("feature_taste", TensorProto.FLOAT, ["batch", 2])],
+        [helper.make_tensor_value_info("tower_output", TensorProto.FLOAT, ["batch", 2])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    tower = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    taste = {"name": "taste", "owner": "query", "kind": "vector", "size": 2}
+    return replace(
+        draft,
+        schema=parse_schema([taste, TOY_FEATURES[2]]),
+        vocabularies={"item_id": draft.vocabularies["item_id"]},
+        towers={**draft.towers, "query": tower.SerializeToString()},
+        golden={**draft.golden, "query": GoldenExamples(features=[{"taste": [3.0, 4.0]}], embeddings=[[0.6, 0.8]])},
+    )
