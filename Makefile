@@ -14,7 +14,7 @@ check: .venv/installed  ## Format, lint, types, import contracts, protos, stubs.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	cd protos && ../$(BIN)/buf lint
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against released.binpb
 	scripts/protos --check
 	$(BIN)/hadolint Dockerfile
 

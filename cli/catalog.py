@@ -44,6 +44,18 @@ def load(
     )
 
 
+@app.command()
+def compact(store: options.StoreUrl = DEFAULT_STORE) -> None:
+    """Fold the log of changes into the snapshot, so that reads stay fast. Nothing is rebuilt because of it."""
+    from cli.screen import say
+    from towers.catalogue import Catalogue
+    from towers.store import Store
+
+    catalogue = Catalogue(Store(store))
+    catalogue.compact()
+    say(f"catalogue version {catalogue.version()} is one snapshot now")
+
+
 def read_items(path: Path, id_column: str = "item_id", separator: str = ",") -> "pa.Table":
     """Reads a table of items.
 

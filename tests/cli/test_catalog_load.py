@@ -96,3 +96,18 @@ def test_damaged_parquet(twotower: Twotower, tmp_path: Path) -> None:
     outcome = twotower("catalog", "load", str(path), "--store", str(tmp_path / "store"))
     assert (outcome.exit_code, outcome.err.count("\n")) == (2, 1)
     assert f"error: {path}: it cannot be read: " in outcome.err
+
+
+def test_compact_keeps_the_catalogue_and_says_so(twotower: Twotower, tmp_path: Path) -> None:
+    path, store = write(tmp_path, "item_id,title\na,A\nb,B\n"), str(tmp_path / "store")
+    twotower("catalog", "load", str(path), "--store", store)
+    before = Catalogue(Store(store)).read()
+    outcome = twotower("catalog", "compact", "--store", store)
+    assert (outcome.exit_code, outcome.out) == (0, f"catalogue version {before.version} is one snapshot now\n")
+    assert Catalogue(Store(store)).read() == before
+
+
+def test_compact_of_nothing_says_what_to_do(twotower: Twotower, tmp_path: Path) -> None:
+    outcome = twotower("catalog", "compact", "--store", str(tmp_path / "store"))
+    assert outcome.exit_code == 1
+    assert "twotower catalog load" in outcome.err

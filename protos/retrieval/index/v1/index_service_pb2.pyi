@@ -238,7 +238,7 @@ class VersionStatus(_message.Message):
     state: Global___VersionState.ValueType
     """Where it is in its life."""
     reason: _builtins.str
-    """Why it failed, in words; empty otherwise."""
+    """Why it failed, or why an available version could not take up a newer catalogue; empty otherwise."""
     progress: _builtins.float
     """Share of the work done, from 0 to 1, while it is being built."""
     catalogue_version: _builtins.str
