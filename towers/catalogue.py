@@ -10,29 +10,20 @@ common counter: the order between commits is Delta's own commit number.
 Spark or any lakehouse tool may write either table: rewrite `items` at will, append to `changes`.
 """
 
-import json
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake import CommitProperties, DeltaTable, Transaction
 
+from towers.delta_log import COMMIT, COMPACTED_EDIT, DeltaLog, translated
 from towers.errors import (
     ConflictError,
     CorruptArtefactError,
     InvalidInputError,
     NotFoundError,
-    StoreUnavailableError,
-    TwoTowerError,
 )
 from towers.features import stable_hash
 from towers.store import Store
@@ -45,7 +36,6 @@ _OP = "_op"
 _ROW = "_row"
 _UPSERT = "upsert"
 _DELETE = "delete"
-_COMMIT = "_commit"
 _FORBIDDEN_IN_NAMES = re.compile(r"[ ,;{}()\n\t=]")
 """What Delta Lake does not allow in the name of a column."""
 
@@ -54,11 +44,8 @@ _FEED = {"delta.enableChangeDataFeed": "true", "delta.enableExpiredLogCleanup": 
 _APPEND_ONLY = {**_FEED, "delta.appendOnly": "true"}
 _FOLDED = "twotower.folded_changes"
 """Delta application id whose version, in `items`, counts the commits of `changes` that the snapshot contains."""
-_COMPACTED_EDIT = "twotower.compacted_edit"
-"""In the commit info of a compaction: the edit that it leaves untouched."""
 
 _WRITE_ATTEMPTS = 10
-_PARALLEL_READS = 8
 
 
 @dataclass(frozen=True)
@@ -96,8 +83,8 @@ class Catalogue:
         """
         if re.search("%[0-9A-Fa-f]{2}", store.url):
             raise InvalidInputError(f"store {store.url!r}: Delta Lake reads the % as an escape; rename the folder")
-        self._items = _Log(store, "items", _FEED)
-        self._changes = _Log(store, "changes", _APPEND_ONLY)
+        self._items = DeltaLog(store, f"{_FOLDER}/items", _FEED)
+        self._changes = DeltaLog(store, f"{_FOLDER}/changes", _APPEND_ONLY)
 
     def upsert(self, items: pa.Table) -> UpsertReport:
         """Adds items, or replaces them with all their attributes, in one atomic commit.
@@ -189,7 +176,7 @@ class Catalogue:
             mode="overwrite",
             schema_mode="overwrite",
             properties=CommitProperties(
-                custom_metadata={_COMPACTED_EDIT: str(items_edit)},
+                custom_metadata={COMPACTED_EDIT: str(items_edit)},
                 app_transactions=[Transaction(_FOLDED, changes_edit)],
                 max_commit_retries=0,
             ),
@@ -241,7 +228,7 @@ class Catalogue:
             assert table is not None
             num_folded = _num_folded(table)
             if num_folded <= changes_edit:
-                with _translated(f"catalogue version {version}"):
+                with translated(f"catalogue version {version}"):
                     return pa.table(table.scan()), num_folded
             number -= 1
         if items_edit != 0:
@@ -266,156 +253,9 @@ def partition(items: pa.Table, shard: int, num_shards: int) -> pa.Table:
     return items.filter(pa.array(mask, pa.bool_()))
 
 
-class _Log:
-    """The commits of one Delta table, numbered from 1: commit number n has the Delta version n - 1.
-
-    Commits and appended files are read through `Store`: `DeltaTable.history` and `load_cdf` hold the interpreter lock
-    while they wait for the store, which would stop a serving process.
-    """
-
-    def __init__(self, store: Store, name: str, configuration: Mapping[str, str]) -> None:
-        self._store = store
-        self._configuration = configuration
-        self._path = f"{_FOLDER}/{name}"
-        self._url = f"{store.url}/{self._path}"
-        self._lock = threading.Lock()
-        self._num_commits = 0
-        self._last_edit = 0
-
-    def open(self, number: int | None = None) -> DeltaTable | None:
-        """The table after a commit, the last one when left out; None when there is no table."""
-        version = None if number is None else number - 1
-        with _translated(self._path):
-            try:
-                return DeltaTable(self._url, version=version, storage_options=self._store.storage_options)
-            except TableNotFoundError:
-                return None
-
-    def write(
-        self,
-        table: DeltaTable | None,
-        rows: pa.Table,
-        *,
-        mode: Literal["append", "overwrite"],
-        schema_mode: Literal["merge", "overwrite"],
-        properties: CommitProperties | None = None,
-    ) -> int:
-        """Commits rows to a table that `open` gave, creating it where there was none; returns the commit's number.
-
-        Raises:
-            ConflictError: somebody else created or changed the table; nothing was written.
-        """
-        with _translated(self._path):
-            if table is not None:
-                write_deltalake(table, rows, mode=mode, schema_mode=schema_mode, commit_properties=properties)
-                return table.version() + 1
-            try:
-                write_deltalake(
-                    self._url,
-                    rows,
-                    mode="error",
-                    configuration=self._configuration,
-                    storage_options=self._store.storage_options,
-                    # A retry would let two creators both succeed, the second with its schema in place of the first's.
-                    commit_properties=properties or CommitProperties(max_commit_retries=0),
-                )
-            except DeltaError as error:
-                if "already exists" in str(error):
-                    raise ConflictError(f"{self._path} was created by somebody else") from error
-                raise
-            return 1
-
-    def num_commits(self) -> int:
-        """Number of commits now."""
-        self.last_edit()
-        return self._num_commits
-
-    def last_edit(self) -> int:
-        """Number of the last commit that changed data; 0 when there is none."""
-        with self._lock:
-            if self._num_commits == 0:
-                table = self.open()
-                if table is None:
-                    return 0
-                number = table.version() + 1
-                self._last_edit = self.edit_at(number)
-                self._num_commits = number
-            while (actions := self._actions(self._num_commits + 1)) is not None:
-                edit = _edit(actions, self._num_commits + 1)
-                self._last_edit = self._last_edit if edit is None else edit
-                self._num_commits += 1
-            return self._last_edit
-
-    def edit_at(self, number: int) -> int:
-        """Number of the last commit up to `number` that changed data; 0 when there is none."""
-        for candidate in range(number, 0, -1):
-            actions = self._actions(candidate)
-            if actions is None:
-                return candidate  # Removed by a tool that cleans logs: all before it counts as one edit.
-            edit = _edit(actions, candidate)
-            if edit is not None:
-                return edit
-        return 0
-
-    def appended(self, after: int, last: int) -> list[pa.Table]:
-        """The rows that each commit after one appended, up to the last, with the column `_commit`."""
-        with ThreadPoolExecutor(_PARALLEL_READS) as readers:
-            return [rows for commit in readers.map(self._appended, range(after + 1, last + 1)) for rows in commit]
-
-    def _appended(self, number: int) -> list[pa.Table]:
-        actions = self._actions(number)
-        if actions is None:
-            raise CorruptArtefactError(
-                f"{self._path}: commit {number - 1} was removed before a compaction had folded it; "
-                "restore it, or load the catalogue again"
-            )
-        tables = []
-        for action in actions:
-            if action.get("remove", {}).get("dataChange"):
-                raise CorruptArtefactError(f"{self._path}: commit {number - 1} removes rows; the log is append-only")
-            added = action.get("add", {})
-            if added.get("dataChange"):
-                rows = self._rows(unquote(added["path"]))
-                tables.append(rows.append_column(_COMMIT, pa.array([number] * len(rows), pa.int64())))
-        return tables
-
-    def _rows(self, file: str) -> pa.Table:
-        try:
-            content = self._store.get(f"{self._path}/{file}")
-            return pq.read_table(pa.BufferReader(content))
-        except NotFoundError as error:
-            raise NotFoundError(
-                f"{self._path}/{file} was removed before a compaction had folded it; "
-                "restore it, or load the catalogue again"
-            ) from error
-        except pa.ArrowException as error:
-            raise CorruptArtefactError(f"{self._path}/{file} cannot be read: {error}") from error
-
-    def _actions(self, number: int) -> list[dict[str, Any]] | None:
-        path = f"{self._path}/_delta_log/{number - 1:020}.json"
-        try:
-            content = self._store.get(path)
-        except NotFoundError:
-            return None
-        try:
-            return [json.loads(line) for line in content.splitlines() if line.strip()]
-        except ValueError as error:
-            raise CorruptArtefactError(f"{path} is not a Delta commit: {error}") from error
-
-
-def _edit(actions: Sequence[dict[str, Any]], number: int) -> int | None:
-    """The edit that a commit leaves the table at; None when it changes no data."""
-    for action in actions:
-        compacted_edit = action.get("commitInfo", {}).get(_COMPACTED_EDIT)
-        if compacted_edit is not None:
-            return int(compacted_edit)
-    changes_data = any(action.get(kind, {}).get("dataChange") for action in actions for kind in ("add", "remove"))
-    return number if changes_data else None
-
-
 def _num_folded(items: DeltaTable) -> int:
     """How many commits of `changes` a snapshot contains."""
-    with _translated("catalog/items"):
+    with translated("catalog/items"):
         return items.transaction_version(_FOLDED) or 0
 
 
@@ -575,7 +415,7 @@ def _stored_type(type_: pa.DataType) -> pa.DataType | None:
 
 def _as_layer(base: pa.Table) -> pa.Table:
     """A snapshot as changes that came before all others."""
-    reserved = {_OP, _ROW, _COMMIT} & set(base.column_names)
+    reserved = {_OP, _ROW, COMMIT} & set(base.column_names)
     if reserved:
         raise CorruptArtefactError(
             f"{_FOLDER}/items: names that start with '_' are reserved; rename {sorted(reserved)}"
@@ -583,7 +423,7 @@ def _as_layer(base: pa.Table) -> pa.Table:
     return (
         base.append_column(_OP, pa.array([_UPSERT] * len(base), pa.string()))
         .append_column(_ROW, pa.array(range(len(base)), pa.int64()))
-        .append_column(_COMMIT, pa.array([0] * len(base), pa.int64()))
+        .append_column(COMMIT, pa.array([0] * len(base), pa.int64()))
     )
 
 
@@ -595,16 +435,16 @@ def _merged(parts: Sequence[pa.Table]) -> pa.Table:
     unknown = pc.invert(pc.is_in(changes[_OP], pa.array([_UPSERT, _DELETE])))
     if pc.any(unknown).as_py():
         raise CorruptArtefactError(f"{_FOLDER}/changes: {_OP} must be {_UPSERT!r} or {_DELETE!r} in every row")
-    changes = changes.sort_by([(_COMMIT, "ascending"), (_ROW, "ascending")])
+    changes = changes.sort_by([(COMMIT, "ascending"), (_ROW, "ascending")])
     changes = changes.take(_last_rows(changes[ITEM_ID]))
     items = changes.filter(pc.equal(changes[_OP], _UPSERT)).sort_by(ITEM_ID).combine_chunks()
-    attributes = [name for name in items.column_names if name not in (ITEM_ID, _OP, _ROW, _COMMIT)]
+    attributes = [name for name in items.column_names if name not in (ITEM_ID, _OP, _ROW, COMMIT)]
     return items.select([ITEM_ID, *attributes])
 
 
 def _united(parts: Sequence[pa.Table]) -> pa.Table:
     """All rows, with all columns in one type each."""
-    types: dict[str, pa.DataType] = {ITEM_ID: pa.string(), _OP: pa.string(), _ROW: pa.int64(), _COMMIT: pa.int64()}
+    types: dict[str, pa.DataType] = {ITEM_ID: pa.string(), _OP: pa.string(), _ROW: pa.int64(), COMMIT: pa.int64()}
     united = []
     for part in parts:
         columns = {}
@@ -624,21 +464,3 @@ def _united(parts: Sequence[pa.Table]) -> pa.Table:
     if _ROW not in changes.column_names:
         changes = changes.append_column(_ROW, pa.nulls(len(changes), pa.int64()))
     return changes
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Turns deltalake's errors into ours."""
-    try:
-        yield
-    except TwoTowerError:
-        raise
-    except CommitFailedError as error:
-        raise ConflictError(f"{what} was changed by somebody else: {error}") from error
-    except Exception as error:  # Where a store fails below the surface, deltalake raises Exception itself.
-        first_line = str(error).partition("\n")[0]
-        if "not found" in str(error):
-            raise NotFoundError(f"{what}: a file is gone: {first_line}") from error
-        if isinstance(error, DeltaError):
-            raise CorruptArtefactError(f"{what}: {first_line}") from error
-        raise StoreUnavailableError(f"{what}: {first_line}") from error
