@@ -18,7 +18,7 @@ from query_service.hits import BrokenAnswerError, Hits, hits_of
 from towers.errors import DeadlineError, InvalidInputError, TooFewShardsError
 from towers.rpc import CHANNEL_OPTIONS
 
-_LONGEST_RESERVE_S = 0.05
+_LONGEST_RESERVE_S = 0.25
 _RESERVED_SHARE = 0.1
 _TELLING = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED)
 """Statuses whose message comes from the shard and says what to do."""

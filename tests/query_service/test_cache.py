@@ -42,9 +42,9 @@ async def caching(
 
 async def stored(cache: EmbeddingCache, version: int, digest: bytes, embedding: NDArray[np.float32]) -> None:
     """Puts an embedding and waits until it is there."""
-    cache.put(version, [digest], embedding[np.newaxis])
 
     async def look() -> Any:
+        cache.put(version, [digest], embedding[np.newaxis])
         return (await cache.get(version, [digest], len(embedding)))[0]
 
     await until(look, lambda found: found is not None)
@@ -181,7 +181,7 @@ def test_a_full_server_refuses_writes_and_is_still_read(valkey: ValkeyServer) ->
             with redis.Redis.from_url(valkey.url) as client:
                 client.config_set("maxmemory", "1")
             cache.put(1, [OTHER_DIGEST], EMBEDDING[np.newaxis])
-            await until(lambda: asyncio.sleep(0, cache.num_errors), lambda errors: errors == 1)
+            await until(lambda: asyncio.sleep(0, cache.num_errors), lambda errors: errors >= 1)
             assert cache.is_reachable
             found, missing = await cache.get(1, [DIGEST, OTHER_DIGEST], DIM)
             assert found is not None
@@ -225,7 +225,8 @@ def test_a_hit_equals_the_miss_bit_for_bit(world: World, models: dict[int, ToyMo
             found = await until_cached(system, {"user_id": "2"}, attribute_names=["title"])
             found.embedding_cached = False
             assert found == missed
-            await until_cached(system, QUERY)
+            # The last of the batch, so that all of it is there.
+            await until_cached(system, {})
             assert await system.stub.Embed(request, timeout=PATIENCE_S) == missed_embeddings
             cache = (await system.status()).cache
             assert (cache.enabled, cache.reachable, cache.errors) == (True, True, 0)

@@ -111,7 +111,7 @@ def dies_and_comes_back(client: RetrievalClient, shard: ServiceProcess, models: 
 def stops_and_goes_on(client: RetrievalClient, shard: ServiceProcess, models: dict[int, ToyModel]) -> None:
     shard.signal(signal.SIGSTOP)
     # That there is an answer at all says that it came before the deadline.
-    answer = client.retrieve(QUERIES[0], timeout_s=2.0)
+    answer = client.retrieve(QUERIES[0], timeout_s=4.0)
     assert (answer.shards_answered, answer.shards_total) == (1, 2)
     assert answer.degraded_reasons == (f"shard 0 ({shard.address}): DEADLINE_EXCEEDED",)
     shard.signal(signal.SIGCONT)
@@ -187,14 +187,14 @@ def test_a_drain_fails_no_call(world: World, models: dict[int, ToyModel], number
     async def check() -> None:
         nonlocal is_told_to_stop
         async with ExactShard(0, 2, models) as first, ExactShard(1, 2, models) as second:
-            first.delay_s = second.delay_s = 0.5
+            first.delay_s = second.delay_s = 1.2
             addresses = f"{first.address},{second.address}"
-            settings = {"STORE": world.store.url, "SHARDS": addresses, "DRAIN_S": 0.3, "GRACE_S": PATIENCE_S}
+            settings = {"STORE": world.store.url, "SHARDS": addresses, "DRAIN_S": 1, "GRACE_S": PATIENCE_S}
             with ServiceProcess("query_service", QUERY_SERVICE, settings) as process:
                 await asyncio.to_thread(process.until_ready)
                 async with grpc.aio.insecure_channel(process.address) as channel:
                     callers = [asyncio.create_task(keep_calling(channel)) for _ in range(8)]
-                    await until(lambda: asyncio.sleep(0, first.num_calls), lambda calls: calls >= 20)
+                    await until(lambda: asyncio.sleep(0, first.num_calls), lambda calls: calls >= 10)
                     is_told_to_stop = True
                     process.signal(number)
                     assert min(await asyncio.gather(*callers)) > 0
