@@ -78,7 +78,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 @dataclass
 class ShardProcess:
-    """One `python -m index_service`."""
+    """One `twotower serve index`."""
 
     store_url: str
     shard: str = "0/1"
@@ -95,7 +95,7 @@ class ShardProcess:
             "OMP_NUM_THREADS": "1",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "index_service"],
+            [sys.executable, "-m", "cli.main", "serve", "index"],
             env={**os.environ, **settings, **self.environment},
             stderr=subprocess.PIPE,
             text=True,

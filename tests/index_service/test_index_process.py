@@ -274,7 +274,7 @@ def test_bad_requests_are_the_callers_fault(world, start_shard):
 
 def test_wrong_settings_end_with_one_line(tmp_path):
     run = subprocess.run(
-        [sys.executable, "-m", "index_service"],
+        [sys.executable, "-m", "cli.main", "serve", "index"],
         env={**os.environ, "TWOTOWER_STORE": str(tmp_path), "TWOTOWER_SHARD": "2/2"},
         capture_output=True,
         text=True,
@@ -282,7 +282,7 @@ def test_wrong_settings_end_with_one_line(tmp_path):
         check=False,
     )
     assert run.returncode == 2
-    assert run.stderr == "TWOTOWER_SHARD: say which shard this is, of how many, for example 0/2\n"
+    assert run.stderr == "error: TWOTOWER_SHARD: say which shard this is, of how many, for example 0/2\n"
 
 
 def test_no_process_of_the_service_imports_torch():

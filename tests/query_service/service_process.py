@@ -33,12 +33,12 @@ def free_port() -> int:
 class ServiceProcess:
     """`python -m MODULE`, on one port over all its starts."""
 
-    def __init__(self, module: str, service_name: str, settings: Mapping[str, object]) -> None:
+    def __init__(self, service: str, service_name: str, settings: Mapping[str, object]) -> None:
         self.address = f"127.0.0.1:{free_port()}"
-        self._module = module
+        self._service = service
         self._service_name = service_name
         self._settings = {name: str(value) for name, value in settings.items()}
-        self._log = Path(tempfile.mkstemp(prefix=f"{module}-", suffix=".log")[1])
+        self._log = Path(tempfile.mkstemp(prefix=f"{service}-", suffix=".log")[1])
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -59,7 +59,7 @@ class ServiceProcess:
         }
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                tied(sys.executable, "-m", self._module), env=environment, stdout=log, stderr=log
+                tied(sys.executable, "-m", "cli.main", "serve", self._service), env=environment, stdout=log, stderr=log
             )
 
     def until_ready(self) -> None:
@@ -67,8 +67,8 @@ class ServiceProcess:
         assert self._process is not None
         give_up = time.monotonic() + PATIENCE_S
         while not is_serving(self.address, self._service_name):
-            assert self._process.poll() is None, f"{self._module} has ended:\n{self.log}"
-            assert time.monotonic() < give_up, f"{self._module} is not ready:\n{self.log}"
+            assert self._process.poll() is None, f"{self._service} has ended:\n{self.log}"
+            assert time.monotonic() < give_up, f"{self._service} is not ready:\n{self.log}"
             time.sleep(0.02)
 
     def signal(self, number: int) -> None:
@@ -93,5 +93,5 @@ class ServiceProcess:
             self.signal(signal.SIGKILL)
             self.exit_code()
         if error is not None:
-            sys.stdout.write(f"--- {self._module} ---\n{self.log}")
+            sys.stdout.write(f"--- {self._service} ---\n{self.log}")
         self._log.unlink()

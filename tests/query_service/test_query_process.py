@@ -42,7 +42,7 @@ def shards(world: World) -> Iterator[list[ServiceProcess]]:
     Catalogue(world.store).upsert(toy_items())
     with ExitStack() as running:
         settings = ({"STORE": world.store.url, "SHARD": f"{number}/2"} for number in range(2))
-        started = [running.enter_context(ServiceProcess("index_service", INDEX_SERVICE, each)) for each in settings]
+        started = [running.enter_context(ServiceProcess("index", INDEX_SERVICE, each)) for each in settings]
         for shard in started:
             shard.until_ready()
         yield started
@@ -53,7 +53,7 @@ def service(world: World, shards: list[ServiceProcess], valkey: ValkeyServer) ->
     """The query service, ready."""
     addresses = ",".join(shard.address for shard in shards)
     settings = {"STORE": world.store.url, "SHARDS": addresses, "REDIS_URL": valkey.url, "CACHE_TIMEOUT_S": 1}
-    with ServiceProcess("query_service", QUERY_SERVICE, settings) as process:
+    with ServiceProcess("query", QUERY_SERVICE, settings) as process:
         process.until_ready()
         yield process
 
@@ -155,7 +155,7 @@ def imports_neither_torch_nor_faiss(service: ServiceProcess) -> None:
 
 
 def test_importing_the_service_imports_neither_torch_nor_faiss() -> None:
-    code = "import sys, query_service.__main__; print({'torch', 'faiss', 'onnxruntime'} & set(sys.modules))"
+    code = "import sys, query_service.serve; print({'torch', 'faiss', 'onnxruntime'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "{'onnxruntime'}"
 
@@ -190,7 +190,7 @@ def test_a_drain_fails_no_call(world: World, models: dict[int, ToyModel], number
             first.delay_s = second.delay_s = 1.2
             addresses = f"{first.address},{second.address}"
             settings = {"STORE": world.store.url, "SHARDS": addresses, "DRAIN_S": 1, "GRACE_S": PATIENCE_S}
-            with ServiceProcess("query_service", QUERY_SERVICE, settings) as process:
+            with ServiceProcess("query", QUERY_SERVICE, settings) as process:
                 await asyncio.to_thread(process.until_ready)
                 async with grpc.aio.insecure_channel(process.address) as channel:
                     callers = [asyncio.create_task(keep_calling(channel)) for _ in range(8)]
@@ -208,7 +208,11 @@ def test_wrong_settings_end_with_exit_code_2_and_words() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TWOTOWER_")}
     environment |= {"TWOTOWER_SHARDS": "one", "REDIS_URL": "http://cache"}
     result = subprocess.run(
-        [sys.executable, "-m", "query_service"], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "cli.main", "serve", "query"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 2
     assert "TWOTOWER_STORE is not set" in result.stderr
@@ -219,9 +223,9 @@ def test_wrong_settings_end_with_exit_code_2_and_words() -> None:
 
 def test_an_address_in_use_ends_with_exit_code_2_and_words(world: World) -> None:
     settings = {"STORE": world.store.url, "SHARDS": f"127.0.0.1:{free_port()}"}
-    with ServiceProcess("query_service", QUERY_SERVICE, settings) as first:
+    with ServiceProcess("query", QUERY_SERVICE, settings) as first:
         first.until_ready()
-        second = ServiceProcess("query_service", QUERY_SERVICE, settings)
+        second = ServiceProcess("query", QUERY_SERVICE, settings)
         second.address = first.address
         with second:
             assert second.exit_code() == 2
