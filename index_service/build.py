@@ -282,7 +282,7 @@ def _encode(
         try:
             tower.encoder.encode({name: [column[row]] for name, column in values.items()}, 1)
         except InvalidFeatureError as error:
-            refused[row] = str(error)
+            refused[row] = error.reason
     kept = np.array([row for row in range(num_rows) if row not in refused], dtype=np.int64)
     arrays = tower.encoder.encode({name: [column[row] for row in kept] for name, column in values.items()}, len(kept))
     return arrays, kept, refused

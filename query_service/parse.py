@@ -107,9 +107,8 @@ def encode(queries: Sequence[RawFeatures], pin: Pin) -> Arrays:
             try:
                 encoder.encode_rows([query])
             except InvalidFeatureError as error:
-                # Encoded alone, every query is row 0, which says nothing.
-                message = str(error).replace(" (row 0)", "", 1)
-                raise InvalidFeatureError(f"query {position}: {message}" if len(queries) > 1 else message) from error
+                where = f"query {position}: " if len(queries) > 1 else ""
+                raise InvalidFeatureError(where + error.reason) from error
         raise
 
 

@@ -19,7 +19,18 @@ class InvalidInputError(TwoTowerError):
 
 
 class InvalidFeatureError(InvalidInputError):
-    """A feature value that the schema does not allow. The message names the feature."""
+    """A feature value that the schema does not allow. The message names the feature and, if known, the row."""
+
+    def __init__(self, reason: str, row: int | None = None) -> None:
+        """Keeps the reason apart from the row, which means nothing to somebody who sent a single query.
+
+        Args:
+            reason: What is wrong; names the feature.
+            row: Position among the rows that were encoded together.
+        """
+        super().__init__(reason if row is None else f"row {row}: {reason}")
+        self.reason = reason
+        self.row = row
 
 
 class InvalidSchemaError(InvalidInputError):

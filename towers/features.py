@@ -347,7 +347,7 @@ def _checked(feature: Feature, row: int, convert: Callable[[Any], _T], value: An
 
 
 def _failure(feature: Feature, row: int, message: str) -> InvalidFeatureError:
-    return InvalidFeatureError(f"feature {feature.name!r} (row {row}): {message}")
+    return InvalidFeatureError(f"feature {feature.name!r}: {message}", row)
 
 
 def _described(value: Any) -> str:

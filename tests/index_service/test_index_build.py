@@ -83,7 +83,7 @@ def test_an_item_whose_features_do_not_encode_is_quarantined(world, caplog):
     world.load_items(pa.table({"item_id": ["a", "b", "c", "d"], "number": [1.0, 2.5, 3.0, None]}))
     manifest = build(order_of(world), lambda _: None)
     assert (manifest.num_items, manifest.num_quarantined) == (3, 1)
-    assert "item 'b' is quarantined: feature 'item_id' (row 0): expected a string or an integer" in caplog.text
+    assert "item 'b' is quarantined: feature 'item_id': expected a string or an integer" in caplog.text
     index = loaded(world, order_of(world))
     query = model.query_embeddings([{"user_id": "1"}])
     hits = index.search(query.astype(np.float32), 3)

@@ -218,7 +218,7 @@ def test_timestamps_by_hand() -> None:
 def test_what_is_refused_names_feature_and_row(name: str, value: Any, reason: str) -> None:
     with pytest.raises(InvalidFeatureError) as caught:
         ENCODER.encode({name: [None, value]}, 2)
-    assert str(caught.value).startswith(f"feature {name!r} (row 1): ")
+    assert str(caught.value).startswith(f"row 1: feature {name!r}: ")
     assert reason in str(caught.value)
 
 
