@@ -87,8 +87,7 @@ def load_state(path: Path) -> RunState:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            # Cloned, because the tensors are views of the file's memory map.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         moments: dict[str, dict[str, Tensor]] = {}
         for moment in _MOMENTS:
             for name, tensor in _below(tensors, moment).items():

@@ -35,12 +35,14 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_loaded_state_survives_the_next_save(tmp_path: Path) -> None:
-    """Its tensors are copies, not views of a file that is replaced."""
+    """Nor does a change of its tensors reach the file."""
     path = tmp_path / state.STATE_FILE
     state.save_state(path, STATE)
     loaded = state.load_state(path)
     state.save_state(path, dataclasses.replace(STATE, parameters={"a.weight": torch.zeros(2, 3)}))
     assert torch.equal(loaded.parameters["a.weight"], STATE.parameters["a.weight"])
+    loaded.parameters["a.weight"].add_(1.0)
+    assert not state.load_state(path).parameters["a.weight"].any()
 
 
 def test_a_failed_save_leaves_the_old_state_and_no_temporary_file(
