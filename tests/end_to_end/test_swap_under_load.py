@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pyarrow.parquet as pq
 import pytest
+from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 from toy_checkpoint import toy_items, toy_model
 
 from cli.demo.exact import ExactSearch
@@ -32,19 +34,19 @@ QUERIES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store with a catalogue and a first checkpoint."""
-    store = Store(str(tmp_path / "store"))
+    store = Store(str(tmp_path_factory.mktemp("store")))
     Catalogue(store).upsert(toy_items(NUM_ITEMS))
     publish(store, dim=8, seed=1)
     return store
 
 
-@pytest.fixture
-def stack(store: Store, tmp_path: Path) -> Iterator[LocalStack]:
+@pytest.fixture(scope="module")
+def stack(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     """Valkey, two shards, the query service and the controller, ready at version 1."""
-    with LocalStack(store=store.url, folder=tmp_path, query_port=0) as stack:
+    with LocalStack(store=store.url, folder=tmp_path_factory.mktemp("stack"), query_port=0) as stack:
         stack.wait_ready(timeout_s=WAIT_S)
         yield stack
 
@@ -54,11 +56,43 @@ def publish(store: Store, dim: int, seed: int) -> int:
     return CheckpointStore(store).publish(model.draft()).version
 
 
+def is_loaded_from_store(stack: LocalStack, shard: int) -> bool:
+    with grpc.insecure_channel(stack.shard_addresses[shard]) as channel:
+        status = index_service_pb2_grpc.IndexServiceStub(channel).GetShardStatus(
+            index_service_pb2.GetShardStatusRequest(), timeout=10
+        )
+    [version] = status.versions
+    return bool(version.loaded_from_store)
+
+
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     give_up_s = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < give_up_s, f"waited {WAIT_S:.0f} s for {what}"
         time.sleep(0.05)
+
+
+def test_a_dead_shard_is_reported_and_comes_back_without_rebuilding(stack: LocalStack) -> None:
+    with RetrievalClient(stack.query_address) as client:
+        assert client.retrieve(QUERIES[0], k=K).shards_answered == 2
+        assert not is_loaded_from_store(stack, shard=1), "the first start has nothing to load"
+        stack.kill("shard-1")
+        answer = client.retrieve(QUERIES[0], k=K)
+        assert (answer.shards_answered, answer.shards_total) == (1, 2)
+        assert any("shard 1" in reason for reason in answer.degraded_reasons)
+        assert len(answer.items) == K
+
+        stack.restart("shard-1")
+        wait_until(lambda: client.retrieve(QUERIES[0], k=K).shards_answered == 2, "the shard to answer again")
+    assert is_loaded_from_store(stack, shard=1), "it was built again"
+
+
+def test_no_service_process_imports_torch(stack: LocalStack) -> None:
+    with RetrievalClient(stack.query_address) as client:
+        client.retrieve(QUERIES[0], k=K)
+    for name in stack.names:
+        maps = Path(f"/proc/{stack.pid(name)}/maps").read_text()
+        assert "libtorch" not in maps, f"{name} has loaded torch"
 
 
 def test_swap_and_rollback_under_load_with_a_dying_cache(stack: LocalStack, store: Store, tmp_path: Path) -> None:
@@ -101,7 +135,10 @@ def test_swap_and_rollback_under_load_with_a_dying_cache(stack: LocalStack, stor
     assert DeploymentStore(store).current().held, "automation must leave the rolled back version alone"
 
 
-def test_the_oracle_catches_planted_faults(store: Store) -> None:
+def test_the_oracle_catches_planted_faults(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    Catalogue(store).upsert(toy_items(NUM_ITEMS))
+    publish(store, dim=8, seed=1)
     publish(store, dim=8, seed=2)
     checkpoints = CheckpointStore(store)
     items = Catalogue(store).read().items
@@ -119,25 +156,3 @@ def test_the_oracle_catches_planted_faults(store: Store) -> None:
     assert first.fault(0, [*item_ids[: K - 1], item_ids[K]], [*scores[: K - 1], scores[K]], K) != "", "not the best"
     assert first.fault(0, right[0], [score + 1e-4 for score in right[1]], K) != "", "a wrong score"
     assert first.fault(0, *right, K, excluded_item_ids=[item_ids[3]]) != "", "an excluded item"
-
-
-def test_a_dead_shard_is_reported_and_comes_back_without_rebuilding(stack: LocalStack) -> None:
-    with RetrievalClient(stack.query_address) as client:
-        assert client.retrieve(QUERIES[0], k=K).shards_answered == 2
-        stack.kill("shard-1")
-        answer = client.retrieve(QUERIES[0], k=K)
-        assert (answer.shards_answered, answer.shards_total) == (1, 2)
-        assert any("shard 1" in reason for reason in answer.degraded_reasons)
-        assert len(answer.items) == K
-
-        stack.restart("shard-1")
-        wait_until(lambda: client.retrieve(QUERIES[0], k=K).shards_answered == 2, "the shard to answer again")
-    assert "building" not in stack.log("shard-1").rpartition("starts")[2].casefold()
-
-
-def test_no_service_process_imports_torch(stack: LocalStack) -> None:
-    with RetrievalClient(stack.query_address) as client:
-        client.retrieve(QUERIES[0], k=K)
-    for name in stack.names:
-        maps = Path(f"/proc/{stack.pid(name)}/maps").read_text()
-        assert "libtorch" not in maps, f"{name} has loaded torch"

@@ -167,7 +167,7 @@ def test_a_table_that_is_too_small_for_the_vocabulary(published: dict[Owner, Tow
         ([{"item_id": "1"}], [[1.0]], "golden embeddings are"),
         ([{"item_id": "1"}], [[1.0] * 8, [1.0] * 8], "golden embeddings are"),
         ([{"item_id": "1"}, {"item_id": "2"}], [[1.0] * 8, [1.0]], "differ in length"),
-        ([{"item_id": 1.5}], [[1.0] * 8], "do not encode: feature 'item_id'"),
+        ([{"item_id": 1.5}], [[1.0] * 8], "do not encode: row 0: feature 'item_id'"),
         ([{"user_id": "1"}], [[1.0] * 8], "do not encode: unknown feature 'user_id'"),
     ],
 )
