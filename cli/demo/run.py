@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ def run(folder: Path, console: Console) -> None:
     with LocalStack(store=str(store_folder), folder=folder, query_port=0) as stack:
         stack.wait_ready(timeout_s=SWAP_LIMIT_S)
         console.print(f"Services are up: {', '.join(stack.names)}; the query service answers on {stack.query_address}")
-        queries = _queries(tables)
+        queries = demo_queries(tables)
         _show_recommendations(stack.query_address, queries, catalogue.read().items, console)
         first_recommendation_s = time.monotonic() - start_s
 
@@ -172,7 +172,7 @@ def _make_first_version_live(deployments: deployment.DeploymentStore) -> None:
         deployments.write(deployment.held(current, "the demonstration starts over"))
 
 
-def _queries(tables: movielens.MovieLens) -> dict[str, dict[str, Any]]:
+def demo_queries(tables: movielens.MovieLens) -> dict[str, dict[str, Any]]:
     """Raw features of the first users, by user id: all that is known of them, the newest 50 titles as history."""
     interactions = pq.read_table(tables.interactions).sort_by("timestamp")
     histories: dict[int, list[str]] = {}
@@ -217,7 +217,10 @@ def _swap_under_load(
     store_folder = folder / "store"
     is_new = 2 not in CheckpointStore(Store(str(store_folder))).versions()
     console.print("Clients keep calling from here on.")
-    with _load(stack.query_address, queries, folder) as answers_path, RetrievalClient(stack.query_address) as client:
+    with (
+        clients_calling(stack.query_address, queries, folder) as answers_path,
+        RetrievalClient(stack.query_address) as client,
+    ):
         load_start_s = time.monotonic()
         time.sleep(QUIET_S)
         training_start_s = time.monotonic()
@@ -232,7 +235,8 @@ def _swap_under_load(
         deployments = DeploymentStore(Store(str(store_folder)))
         _wait_for_live(client, 2, lambda: deployments.current().reason)
         swap_end_s = time.monotonic()
-        console.print(f"Version 2 is live, {swap_end_s - swap_start_s:.1f} s after it was published.")
+        act = "published" if is_new else "staged"
+        console.print(f"Version 2 is live, {swap_end_s - swap_start_s:.1f} s after it was {act}.", highlight=False)
         time.sleep(QUIET_S)
         rollback_start_s = time.monotonic()
         _twotower("rollback", "--store", str(store_folder))
@@ -244,7 +248,7 @@ def _swap_under_load(
 
 
 @contextmanager
-def _load(address: str, queries: Sequence[Mapping[str, Any]], folder: Path) -> Any:
+def clients_calling(address: str, queries: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[Path]:
     """Runs the load generator; yields the path of its answers, which are there when the block has ended."""
     queries_path, answers_path = folder / "load" / "queries.json", folder / "load" / "answers.parquet"
     queries_path.parent.mkdir(parents=True, exist_ok=True)
