@@ -208,12 +208,12 @@ def test_of_two_controllers_exactly_one_writes(store_url: str) -> None:
             for version in range(1, 9):
                 publish(store)
                 services.say(*(load(number) for number in range(1, version + 1)))
-                for done in (Stage(version), Promote(version)):
-                    actions = []
-                    while DeploymentStore(store).current().revision < 2 * version - (done == Stage(version)):
-                        actions += await asyncio.gather(*(controller.step() for controller in both))
-                    assert actions.count(done) == 1, "both believe that they wrote it"
-                    assert all(isinstance(action, Wait) or action == done for action in actions)
+                actions = []
+                while DeploymentStore(store).current().revision < 2 * version:
+                    actions += await asyncio.gather(*(controller.step() for controller in both))
+                done = [action for action in actions if not isinstance(action, Wait)]
+                # In the order of the controllers, not of time: one may promote while the other is still staging.
+                assert sorted(map(str, done)) == sorted(map(str, (Stage(version), Promote(version)))), "written once"
             history = DeploymentStore(store).history()
             assert [record.revision for record in history] == list(range(1, 17))
             assert [record.live_version for record in history[1::2]] == list(range(1, 9))
