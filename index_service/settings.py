@@ -9,10 +9,9 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from towers.errors import InvalidInputError
+from towers.settings import PREFIX, Address, invalid_settings
 
-_PREFIX = "TWOTOWER_"
-_SHARD_HELP = "say which shard this is, of how many, for example 0/2"
+_SHARD_HELP = f"{PREFIX}SHARD: say which shard this is, of how many, for example 0/2"
 
 
 class IndexSettings(BaseSettings):
@@ -22,7 +21,7 @@ class IndexSettings(BaseSettings):
         InvalidInputError: settings are missing or wrong; the message names all of them.
     """
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     store: str = Field(min_length=1)
     """The object store: a folder, or `s3://…`, `gs://…`, `az://…`."""
@@ -30,7 +29,7 @@ class IndexSettings(BaseSettings):
     """Number of this shard; set together with `num_shards` as `shard="0/2"`."""
     num_shards: int = Field(ge=1)
     """Number of shards of the catalogue; never set by itself."""
-    address: str = Field(default="127.0.0.1:50061", min_length=1)
+    address: Address = "127.0.0.1:50061"
     """`host:port` to listen on, port 0 for any free one, or `unix:/path`."""
     poll_interval_s: float = Field(default=0.5, gt=0)
     """Seconds between two looks at the deployment record."""
@@ -47,8 +46,7 @@ class IndexSettings(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            problems = dict.fromkeys(_in_words(detail) for detail in error.errors())
-            raise InvalidInputError("; ".join(problems)) from error
+            raise invalid_settings(error, {"shard": _SHARD_HELP, "num_shards": _SHARD_HELP}) from error
 
     @model_validator(mode="before")
     @classmethod
@@ -59,14 +57,3 @@ class IndexSettings(BaseSettings):
         if match and int(match.group(1)) < int(match.group(2)):
             return {**values, "shard": int(match.group(1)), "num_shards": int(match.group(2))}
         return {**values, "shard": str(values["shard"])} if "shard" in values else values
-
-
-def _in_words(detail: Any) -> str:
-    name = str(detail["loc"][0])
-    if name in ("shard", "num_shards"):
-        return f"{_PREFIX}SHARD: {_SHARD_HELP}"
-    if detail["type"] == "missing":
-        return f"{_PREFIX}{name.upper()} is not set"
-    if detail["type"] == "extra_forbidden":
-        return f"there is no setting {name!r}"
-    return f"{_PREFIX}{name.upper()}={str(detail['input'])!r}: {detail['msg']}"

@@ -78,8 +78,8 @@ def test_all_that_is_wrong_is_told_at_once_by_variable(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        ({"shards": ""}, "TWOTOWER_SHARDS: give at least one shard"),
-        ({"shards": ()}, "TWOTOWER_SHARDS: give at least one shard"),
+        ({"shards": ""}, "TWOTOWER_SHARDS: give at least one address"),
+        ({"shards": ()}, "TWOTOWER_SHARDS: give at least one address"),
         ({"shards": "a:1,a:1"}, "TWOTOWER_SHARDS: a:1 is named more than once"),
         ({"shards": "a:1,"}, "TWOTOWER_SHARDS: '' is not host:port"),
         ({"shards": "a:70000"}, "TWOTOWER_SHARDS: 'a:70000' is not host:port"),
