@@ -156,6 +156,9 @@ def _print_overview(overview: "Overview", next_step: str, console: "Console") ->
     console.print(Text(f"Deployment revision {deployment.revision}: {_slots(deployment)}"))
     console.print(Text(f"Published: {', '.join(map(str, overview.published)) or 'nothing yet'}"))
     console.print(Text(f"The rollout controller's next step: {next_step}"))
+    followed = max((replica.deployment_revision for replica in overview.fleet.replicas), default=0)
+    if followed > deployment.revision:
+        console.print(Text(f"The processes follow revision {followed}, so of another store: is --store the right one?"))
 
     processes = Table(title="Processes", title_justify="left")
     for name in ("process", "address", "version", "state", "items", "index", "catalogue", "golden difference", ""):

@@ -133,6 +133,7 @@ Nothing is left running. To serve again:
 From the command line, in another terminal:
 
     .venv/bin/twotower retrieve user_id=42 history=50,181 -k 10
+    .venv/bin/twotower status --store {store}
 
 From Python:
 

@@ -167,6 +167,13 @@ def test_status_of_the_running_stack(stack: LocalStack, twotower: Twotower) -> N
     table = twotower("status", "--store", stack.store, *where).out
     for words in ("version 1 is live", "shard 1", "available", "Flat", "promoted by the rollout controller"):
         assert words in table
+    assert "is --store the right one?" not in table
+
+
+def test_status_with_another_store_than_the_processes(stack: LocalStack, twotower: Twotower, tmp_path: Path) -> None:
+    where = ("--shards", ",".join(stack.shard_addresses), "--query-services", stack.query_address)
+    outcome = twotower("status", "--store", str(tmp_path / "another"), *where)
+    assert "so of another store: is --store the right one?" in outcome.out
 
 
 def wait_for_record(store: Store, condition: Callable[[Deployment], bool]) -> Deployment:
