@@ -40,8 +40,12 @@ WRONG = {
     "promote nothing": (["promote"], 2, "no version stands by; stage one first: twotower stage VERSION"),
     "promote by force nothing": (["promote", "--force"], 2, "no version stands by"),
     "roll back nothing": (["rollback"], 2, "no other version is loaded to roll back to"),
-    "status of what": (["status", "--shards", "here"], 2, "TWOTOWER_SHARDS: 'here' is not an address"),
-    "promote where": (["promote", "--query-services", "a:1,a:1"], 2, "TWOTOWER_QUERY_SERVICES: an address is there"),
+    "status of what": (["status", "--shards", "here"], 2, "TWOTOWER_SHARDS: 'here' is not host:port"),
+    "promote where": (
+        ["promote", "--query-services", "a:1,a:1"],
+        2,
+        "TWOTOWER_QUERY_SERVICES: a:1 is named more than once",
+    ),
     "rollout of what": (["rollout"], 2, "TWOTOWER_STORE is not set"),
     "rollout at once": (["rollout", "--store", "s", "--poll-interval", "0"], 2, "TWOTOWER_POLL_INTERVAL_S: "),
     "no shard": (
