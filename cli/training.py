@@ -32,7 +32,7 @@ def train(
     from trainer.config import read_config
 
     # Before torch, whose import takes seconds, and which reads this then: threads that spin while they wait starve
-    # themselves when anything else runs on the same cores (measured: 15 times slower).
+    # themselves when anything else runs on the same cores.
     read_config(config)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from trainer import run
