@@ -6,6 +6,7 @@ only if absent, so of two writers that race one gets a conflict.
 
 import re
 from datetime import UTC, datetime
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,11 +28,24 @@ class Deployment(BaseModel):
     """Whether automation must leave the standby version alone."""
     reason: str
     created: datetime
+    live_num_shards: int | None = Field(default=None, ge=1)
+    """Number of shards that answer for the live version; None: the first layout that a service is configured with."""
+    standby_num_shards: int | None = Field(default=None, ge=1)
+    """The same of the standby version; with another number than the live one's, promoting re-shards."""
+    canary_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the requests that the standby version answers."""
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """The versions named, live first."""
-        return tuple(version for version in (self.live_version, self.standby_version) if version is not None)
+        """The versions named, live first, each once."""
+        named = (self.live_version, self.standby_version)
+        return tuple(dict.fromkeys(version for version in named if version is not None))
+
+    def versions_on(self, num_shards: int) -> tuple[int, ...]:
+        """The versions that a shard of a layout with this many shards loads, live first, each once."""
+        slots = ((self.live_version, self.live_num_shards), (self.standby_version, self.standby_num_shards))
+        named = (version for version, wanted in slots if version is not None and wanted in (None, num_shards))
+        return tuple(dict.fromkeys(named))
 
 
 NO_DEPLOYMENT = Deployment(
@@ -40,15 +54,34 @@ NO_DEPLOYMENT = Deployment(
 """Before the first record."""
 
 
-def staged(current: Deployment, version: int, reason: str) -> Deployment:
+def staged(current: Deployment, version: int, reason: str, num_shards: int | None = None) -> Deployment:
     """Puts a version on standby.
 
+    Args:
+        current: The record now.
+        version: The version.
+        reason: In words.
+        num_shards: The layout that it is to be served by; the live one's when left out. The live version itself may
+            stand by on another layout: that is how a catalogue is re-sharded.
+
     Raises:
-        InvalidInputError: the version is live.
+        InvalidInputError: the version is live, on this layout.
     """
-    if version == current.live_version:
+    num_shards = num_shards if num_shards is not None else current.live_num_shards
+    if (version, num_shards) == (current.live_version, current.live_num_shards):
         raise InvalidInputError(f"version {version} is live already")
-    return _next(current, current.live_version, version, held=False, reason=reason)
+    return _next(current, reason, standby_version=version, standby_num_shards=num_shards, held=False)
+
+
+def canaried(current: Deployment, share: float, reason: str) -> Deployment:
+    """Lets the standby version answer a share of the requests.
+
+    Raises:
+        InvalidInputError: nothing stands by.
+    """
+    if current.standby_version is None:
+        raise InvalidInputError("no version stands by; stage one first: twotower stage VERSION")
+    return _next(current, reason, canary_share=share)
 
 
 def promoted(current: Deployment, reason: str) -> Deployment:
@@ -59,7 +92,7 @@ def promoted(current: Deployment, reason: str) -> Deployment:
     """
     if current.standby_version is None:
         raise InvalidInputError("no version stands by; stage one first: twotower stage VERSION")
-    return _next(current, current.standby_version, current.live_version, held=False, reason=reason)
+    return _swapped(current, reason, held=False)
 
 
 def rolled_back(current: Deployment, reason: str) -> Deployment:
@@ -70,12 +103,12 @@ def rolled_back(current: Deployment, reason: str) -> Deployment:
     """
     if current.live_version is None or current.standby_version is None:
         raise InvalidInputError("no other version is loaded to roll back to")
-    return _next(current, current.standby_version, current.live_version, held=True, reason=reason)
+    return _swapped(current, reason, held=True)
 
 
 def held(current: Deployment, reason: str) -> Deployment:
-    """Keeps the slots and holds the standby version."""
-    return _next(current, current.live_version, current.standby_version, held=True, reason=reason)
+    """Keeps the slots and holds the standby version; it answers no request."""
+    return _next(current, reason, held=True)
 
 
 class DeploymentStore:
@@ -130,14 +163,28 @@ class DeploymentStore:
         return deployment
 
 
-def _next(current: Deployment, live: int | None, standby: int | None, *, held: bool, reason: str) -> Deployment:
-    return Deployment(
-        revision=current.revision + 1,
-        live_version=live,
-        standby_version=standby,
+def _swapped(current: Deployment, reason: str, *, held: bool) -> Deployment:
+    return _next(
+        current,
+        reason,
+        live_version=current.standby_version,
+        live_num_shards=current.standby_num_shards,
+        standby_version=current.live_version,
+        standby_num_shards=current.live_num_shards,
         held=held,
-        reason=reason,
-        created=datetime.now(UTC),
+    )
+
+
+def _next(current: Deployment, reason: str, **changes: Any) -> Deployment:
+    """The next record: what does not change stays, save that a canary ends with the record that began it."""
+    return current.model_copy(
+        update={
+            "canary_share": 0.0,
+            **changes,
+            "revision": current.revision + 1,
+            "reason": reason,
+            "created": datetime.now(UTC),
+        }
     )
 
 

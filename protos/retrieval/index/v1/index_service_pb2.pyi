@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from retrieval.feature.v1 import feature_pb2 as _feature_pb2
+from retrieval.feature.v1 import filter_pb2 as _filter_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -70,6 +71,7 @@ class SearchRequest(_message.Message):
     ATTRIBUTE_NAMES_FIELD_NUMBER: _builtins.int
     SHARD_FIELD_NUMBER: _builtins.int
     NUM_SHARDS_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     checkpoint_version: _builtins.int
     """The checkpoint whose query tower made the embeddings. A shard that does not hold it
     fails with FAILED_PRECONDITION.
@@ -92,6 +94,10 @@ class SearchRequest(_message.Message):
     def attribute_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Attributes to return with each item."""
 
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """Only items that meet this are returned; left out: all may be."""
+
     def __init__(
         self,
         *,
@@ -103,10 +109,11 @@ class SearchRequest(_message.Message):
         attribute_names: _abc.Iterable[_builtins.str] | None = ...,
         shard: _builtins.int = ...,
         num_shards: _builtins.int = ...,
+        filter: _filter_pb2.Filter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute_names", b"attribute_names", "checkpoint_version", b"checkpoint_version", "excluded_item_ids", b"excluded_item_ids", "k", b"k", "num_queries", b"num_queries", "num_shards", b"num_shards", "query_embeddings", b"query_embeddings", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute_names", b"attribute_names", "checkpoint_version", b"checkpoint_version", "excluded_item_ids", b"excluded_item_ids", "filter", b"filter", "k", b"k", "num_queries", b"num_queries", "num_shards", b"num_shards", "query_embeddings", b"query_embeddings", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -233,6 +240,15 @@ class VersionStatus(_message.Message):
     LOADED_FROM_STORE_FIELD_NUMBER: _builtins.int
     GOLDEN_DIFFERENCE_FIELD_NUMBER: _builtins.int
     IS_CORRUPT_FIELD_NUMBER: _builtins.int
+    SEARCH_SETTINGS_FIELD_NUMBER: _builtins.int
+    TARGET_RECALL_FIELD_NUMBER: _builtins.int
+    MEASURED_WITH_FIELD_NUMBER: _builtins.int
+    NUM_DELTA_ITEMS_FIELD_NUMBER: _builtins.int
+    NUM_TOMBSTONES_FIELD_NUMBER: _builtins.int
+    BUILT_CATALOGUE_VERSION_FIELD_NUMBER: _builtins.int
+    ITEM_SIMILARITY_FIELD_NUMBER: _builtins.int
+    SCORE_MEAN_FIELD_NUMBER: _builtins.int
+    SCORE_DEVIATION_FIELD_NUMBER: _builtins.int
     checkpoint_version: _builtins.int
     """The checkpoint version."""
     state: Global___VersionState.ValueType
@@ -242,15 +258,15 @@ class VersionStatus(_message.Message):
     progress: _builtins.float
     """Share of the work done, from 0 to 1, while it is being built."""
     catalogue_version: _builtins.str
-    """State of the catalogue that is indexed."""
+    """State of the catalogue that is searched, live updates included."""
     num_items: _builtins.int
-    """Items in the index."""
+    """Items that can be found, live updates included."""
     num_quarantined: _builtins.int
     """Items left out because their embedding was not finite."""
     index_type: _builtins.str
-    """FAISS index type, for example "Flat" or "IVF1024,SQ8"."""
+    """FAISS factory string of the index, for example "Flat" or "IVF1024,SQ8"."""
     size_bytes: _builtins.int
-    """Size of the index in bytes."""
+    """Memory of the version in bytes: index, ids, attributes, vectors and live updates."""
     loaded_from_store: _builtins.bool
     """Whether it was loaded from the store rather than built by this replica."""
     golden_difference: _builtins.float
@@ -259,6 +275,26 @@ class VersionStatus(_message.Message):
     """Whether it failed because the checkpoint itself is corrupt, or drifts from its golden
     embeddings on this machine: trying again cannot heal that.
     """
+    target_recall: _builtins.float
+    """Recall that the build was to reach."""
+    measured_with: _builtins.str
+    """What the recall was measured with: "validation queries" or "item vectors"."""
+    num_delta_items: _builtins.int
+    """Items that live updates added or changed since the index was built."""
+    num_tombstones: _builtins.int
+    """Items of the built index that live updates replaced or deleted."""
+    built_catalogue_version: _builtins.str
+    """State of the catalogue that the index was built from, before live updates."""
+    item_similarity: _builtins.float
+    """Mean cosine of pairs of different items: near 1 when the item tower has collapsed."""
+    score_mean: _builtins.float
+    """Mean and standard deviation of the scores of sampled queries with sampled items."""
+    score_deviation: _builtins.float
+    """See score_mean."""
+    @_builtins.property
+    def search_settings(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchSetting]:
+        """How the index is searched, by rising k, and what that was measured to give."""
+
     def __init__(
         self,
         *,
@@ -274,11 +310,207 @@ class VersionStatus(_message.Message):
         loaded_from_store: _builtins.bool = ...,
         golden_difference: _builtins.float = ...,
         is_corrupt: _builtins.bool = ...,
+        search_settings: _abc.Iterable[Global___SearchSetting] | None = ...,
+        target_recall: _builtins.float = ...,
+        measured_with: _builtins.str = ...,
+        num_delta_items: _builtins.int = ...,
+        num_tombstones: _builtins.int = ...,
+        built_catalogue_version: _builtins.str = ...,
+        item_similarity: _builtins.float = ...,
+        score_mean: _builtins.float = ...,
+        score_deviation: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue_version", b"catalogue_version", "checkpoint_version", b"checkpoint_version", "golden_difference", b"golden_difference", "index_type", b"index_type", "is_corrupt", b"is_corrupt", "loaded_from_store", b"loaded_from_store", "num_items", b"num_items", "num_quarantined", b"num_quarantined", "progress", b"progress", "reason", b"reason", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["built_catalogue_version", b"built_catalogue_version", "catalogue_version", b"catalogue_version", "checkpoint_version", b"checkpoint_version", "golden_difference", b"golden_difference", "index_type", b"index_type", "is_corrupt", b"is_corrupt", "item_similarity", b"item_similarity", "loaded_from_store", b"loaded_from_store", "measured_with", b"measured_with", "num_delta_items", b"num_delta_items", "num_items", b"num_items", "num_quarantined", b"num_quarantined", "num_tombstones", b"num_tombstones", "progress", b"progress", "reason", b"reason", "score_deviation", b"score_deviation", "score_mean", b"score_mean", "search_settings", b"search_settings", "size_bytes", b"size_bytes", "state", b"state", "target_recall", b"target_recall"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VersionStatus: _TypeAlias = VersionStatus  # noqa: Y015
+
+@_typing.final
+class SearchSetting(_message.Message):
+    """How an index is searched for up to k items, and what that was measured to give on a sample of queries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    K_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
+    LATENCY_S_FIELD_NUMBER: _builtins.int
+    k: _builtins.int
+    """Applies to searches for up to this many items."""
+    parameters: _builtins.str
+    """FAISS search parameters, for example "nprobe=16"; empty where there is nothing to set."""
+    recall: _builtins.float
+    """Recall@k against exact search."""
+    latency_s: _builtins.float
+    """Median seconds of one search for one query on the machine that built the index."""
+    def __init__(
+        self,
+        *,
+        k: _builtins.int = ...,
+        parameters: _builtins.str = ...,
+        recall: _builtins.float = ...,
+        latency_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["k", b"k", "latency_s", b"latency_s", "parameters", b"parameters", "recall", b"recall"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchSetting: _TypeAlias = SearchSetting  # noqa: Y015
+
+@_typing.final
+class Item(_message.Message):
+    """One item with all its attributes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AttributesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _feature_pb2.FeatureValue: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _feature_pb2.FeatureValue | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """Its id, not empty."""
+    @_builtins.property
+    def attributes(self) -> _containers.MessageMap[_builtins.str, _feature_pb2.FeatureValue]:
+        """Attribute name to value; one that is left out is missing."""
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.str = ...,
+        attributes: _abc.Mapping[_builtins.str, _feature_pb2.FeatureValue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "item_id", b"item_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Item: _TypeAlias = Item  # noqa: Y015
+
+@_typing.final
+class UpsertItemsRequest(_message.Message):
+    """Asks to add or replace items."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Item]:
+        """The items; of those with the same id the last one wins."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___Item] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpsertItemsRequest: _TypeAlias = UpsertItemsRequest  # noqa: Y015
+
+@_typing.final
+class UpsertItemsResponse(_message.Message):
+    """The items are durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ITEMS_FIELD_NUMBER: _builtins.int
+    NUM_DUPLICATES_FIELD_NUMBER: _builtins.int
+    CATALOGUE_VERSION_FIELD_NUMBER: _builtins.int
+    num_items: _builtins.int
+    """Number of different items."""
+    num_duplicates: _builtins.int
+    """Items whose id came again further down; the last one won."""
+    catalogue_version: _builtins.str
+    """State of the catalogue that contains them."""
+    def __init__(
+        self,
+        *,
+        num_items: _builtins.int = ...,
+        num_duplicates: _builtins.int = ...,
+        catalogue_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue_version", b"catalogue_version", "num_duplicates", b"num_duplicates", "num_items", b"num_items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpsertItemsResponse: _TypeAlias = UpsertItemsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteItemsRequest(_message.Message):
+    """Asks to delete items."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their ids."""
+
+    def __init__(
+        self,
+        *,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_ids", b"item_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteItemsRequest: _TypeAlias = DeleteItemsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteItemsResponse(_message.Message):
+    """The deletions are durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ITEMS_FIELD_NUMBER: _builtins.int
+    CATALOGUE_VERSION_FIELD_NUMBER: _builtins.int
+    num_items: _builtins.int
+    """Number of different ids."""
+    catalogue_version: _builtins.str
+    """State of the catalogue without them."""
+    def __init__(
+        self,
+        *,
+        num_items: _builtins.int = ...,
+        catalogue_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue_version", b"catalogue_version", "num_items", b"num_items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteItemsResponse: _TypeAlias = DeleteItemsResponse  # noqa: Y015

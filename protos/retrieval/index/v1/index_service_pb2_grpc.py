@@ -143,3 +143,126 @@ class IndexService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class CatalogServiceStub:
+    """Changes the catalogue. What is acknowledged is durable in the catalogue's change log, and every
+    shard finds it there within a second. Any shard takes any item.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.UpsertItems = channel.unary_unary(
+                '/retrieval.index.v1.CatalogService/UpsertItems',
+                request_serializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.UpsertItemsRequest.SerializeToString,
+                response_deserializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.UpsertItemsResponse.FromString,
+                _registered_method=True)
+        self.DeleteItems = channel.unary_unary(
+                '/retrieval.index.v1.CatalogService/DeleteItems',
+                request_serializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.DeleteItemsRequest.SerializeToString,
+                response_deserializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.DeleteItemsResponse.FromString,
+                _registered_method=True)
+
+
+class CatalogServiceServicer:
+    """Changes the catalogue. What is acknowledged is durable in the catalogue's change log, and every
+    shard finds it there within a second. Any shard takes any item.
+    """
+
+    def UpsertItems(self, request, context):
+        """Adds items, or replaces them with all their attributes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteItems(self, request, context):
+        """Deletes items; ids that the catalogue does not hold are allowed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_CatalogServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'UpsertItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpsertItems,
+                    request_deserializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.UpsertItemsRequest.FromString,
+                    response_serializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.UpsertItemsResponse.SerializeToString,
+            ),
+            'DeleteItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteItems,
+                    request_deserializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.DeleteItemsRequest.FromString,
+                    response_serializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.DeleteItemsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'retrieval.index.v1.CatalogService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('retrieval.index.v1.CatalogService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class CatalogService:
+    """Changes the catalogue. What is acknowledged is durable in the catalogue's change log, and every
+    shard finds it there within a second. Any shard takes any item.
+    """
+
+    @staticmethod
+    def UpsertItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/retrieval.index.v1.CatalogService/UpsertItems',
+            retrieval_dot_index_dot_v1_dot_index__service__pb2.UpsertItemsRequest.SerializeToString,
+            retrieval_dot_index_dot_v1_dot_index__service__pb2.UpsertItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/retrieval.index.v1.CatalogService/DeleteItems',
+            retrieval_dot_index_dot_v1_dot_index__service__pb2.DeleteItemsRequest.SerializeToString,
+            retrieval_dot_index_dot_v1_dot_index__service__pb2.DeleteItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

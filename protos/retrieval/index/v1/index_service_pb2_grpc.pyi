@@ -68,3 +68,52 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns the versions this replica holds and how far each has come."""
 
 def add_IndexServiceServicer_to_server(servicer: IndexServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class CatalogServiceStub:
+    """Changes the catalogue. What is acknowledged is durable in the catalogue's change log, and every
+    shard finds it there within a second. Any shard takes any item.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> CatalogServiceAsyncStub: ...
+    UpsertItems: _grpc.UnaryUnaryMultiCallable[_index_service_pb2.UpsertItemsRequest, _index_service_pb2.UpsertItemsResponse]
+    """Adds items, or replaces them with all their attributes."""
+    DeleteItems: _grpc.UnaryUnaryMultiCallable[_index_service_pb2.DeleteItemsRequest, _index_service_pb2.DeleteItemsResponse]
+    """Deletes items; ids that the catalogue does not hold are allowed."""
+
+@_typing.type_check_only
+class CatalogServiceAsyncStub(CatalogServiceStub):
+    """Changes the catalogue. What is acknowledged is durable in the catalogue's change log, and every
+    shard finds it there within a second. Any shard takes any item.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    UpsertItems: _aio.UnaryUnaryMultiCallable[_index_service_pb2.UpsertItemsRequest, _index_service_pb2.UpsertItemsResponse]  # type: ignore[assignment]
+    """Adds items, or replaces them with all their attributes."""
+    DeleteItems: _aio.UnaryUnaryMultiCallable[_index_service_pb2.DeleteItemsRequest, _index_service_pb2.DeleteItemsResponse]  # type: ignore[assignment]
+    """Deletes items; ids that the catalogue does not hold are allowed."""
+
+class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Changes the catalogue. What is acknowledged is durable in the catalogue's change log, and every
+    shard finds it there within a second. Any shard takes any item.
+    """
+
+    @_abc_1.abstractmethod
+    def UpsertItems(
+        self,
+        request: _index_service_pb2.UpsertItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_index_service_pb2.UpsertItemsResponse, _abc.Awaitable[_index_service_pb2.UpsertItemsResponse]]:
+        """Adds items, or replaces them with all their attributes."""
+
+    @_abc_1.abstractmethod
+    def DeleteItems(
+        self,
+        request: _index_service_pb2.DeleteItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_index_service_pb2.DeleteItemsResponse, _abc.Awaitable[_index_service_pb2.DeleteItemsResponse]]:
+        """Deletes items; ids that the catalogue does not hold are allowed."""
+
+def add_CatalogServiceServicer_to_server(servicer: CatalogServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

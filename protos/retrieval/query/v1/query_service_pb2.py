@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from retrieval.feature.v1 import feature_pb2 as retrieval_dot_feature_dot_v1_dot_feature__pb2
+from retrieval.feature.v1 import filter_pb2 as retrieval_dot_feature_dot_v1_dot_filter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&retrieval/query/v1/query_service.proto\x12\x12retrieval.query.v1\x1a\"retrieval/feature/v1/feature.proto\"\x97\x01\n\x05Query\x12\x39\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\'.retrieval.query.v1.Query.FeaturesEntry\x1aS\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x31\n\x05value\x18\x02 \x01(\x0b\x32\".retrieval.feature.v1.FeatureValue:\x02\x38\x01\"\x8e\x01\n\x0fRetrieveRequest\x12(\n\x05query\x18\x01 \x01(\x0b\x32\x19.retrieval.query.v1.Query\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x03 \x03(\t\x12\x12\n\nmin_shards\x18\x04 \x01(\x05\x12\x17\n\x0f\x61ttribute_names\x18\x05 \x03(\t\"\xee\x01\n\x10RetrieveResponse\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\x12\x39\n\nattributes\x18\x03 \x03(\x0b\x32%.retrieval.feature.v1.AttributeColumn\x12\x1a\n\x12\x63heckpoint_version\x18\x04 \x01(\x03\x12\x17\n\x0fshards_answered\x18\x05 \x01(\x05\x12\x14\n\x0cshards_total\x18\x06 \x01(\x05\x12\x18\n\x10\x64\x65graded_reasons\x18\x07 \x03(\t\x12\x18\n\x10\x65mbedding_cached\x18\x08 \x01(\x08\"\x95\x01\n\x14\x42\x61tchRetrieveRequest\x12*\n\x07queries\x18\x01 \x03(\x0b\x32\x19.retrieval.query.v1.Query\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x03 \x03(\t\x12\x12\n\nmin_shards\x18\x04 \x01(\x05\x12\x17\n\x0f\x61ttribute_names\x18\x05 \x03(\t\"N\n\x15\x42\x61tchRetrieveResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.retrieval.query.v1.RetrieveResponse\":\n\x0c\x45mbedRequest\x12*\n\x07queries\x18\x01 \x03(\x0b\x32\x19.retrieval.query.v1.Query\"L\n\rEmbedResponse\x12\x12\n\nembeddings\x18\x01 \x01(\x0c\x12\x0b\n\x03\x64im\x18\x02 \x01(\x05\x12\x1a\n\x12\x63heckpoint_version\x18\x03 \x01(\x03\"\x12\n\x10GetStatusRequest\"\xa9\x02\n\x11GetStatusResponse\x12\x1b\n\x13\x64\x65ployment_revision\x18\x01 \x01(\x03\x12\x14\n\x0clive_version\x18\x02 \x01(\x03\x12\x17\n\x0fstandby_version\x18\x03 \x01(\x03\x12/\n\x06towers\x18\x04 \x03(\x0b\x32\x1f.retrieval.query.v1.TowerStatus\x12\x33\n\x06shards\x18\x05 \x03(\x0b\x32#.retrieval.query.v1.ShardConnection\x12.\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32\x1f.retrieval.query.v1.CacheStatus\x12\x32\n\x08\x66\x65\x61tures\x18\x07 \x03(\x0b\x32 .retrieval.query.v1.QueryFeature\"\x97\x01\n\x0bTowerStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12-\n\x05state\x18\x02 \x01(\x0e\x32\x1e.retrieval.query.v1.TowerState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x19\n\x11golden_difference\x18\x04 \x01(\x01\x12\x12\n\nis_corrupt\x18\x05 \x01(\x08\"D\n\x0fShardConnection\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\treachable\x18\x03 \x01(\x08\"_\n\x0b\x43\x61\x63heStatus\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\x0c\n\x04hits\x18\x03 \x01(\x03\x12\x0e\n\x06misses\x18\x04 \x01(\x03\x12\x0e\n\x06\x65rrors\x18\x05 \x01(\x03\"*\n\x0cQueryFeature\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t*u\n\nTowerState\x12\x1b\n\x17TOWER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13TOWER_STATE_LOADING\x10\x01\x12\x19\n\x15TOWER_STATE_AVAILABLE\x10\x02\x12\x16\n\x12TOWER_STATE_FAILED\x10\x03\x32\xf3\x02\n\x0cQueryService\x12U\n\x08Retrieve\x12#.retrieval.query.v1.RetrieveRequest\x1a$.retrieval.query.v1.RetrieveResponse\x12\x64\n\rBatchRetrieve\x12(.retrieval.query.v1.BatchRetrieveRequest\x1a).retrieval.query.v1.BatchRetrieveResponse\x12L\n\x05\x45mbed\x12 .retrieval.query.v1.EmbedRequest\x1a!.retrieval.query.v1.EmbedResponse\x12X\n\tGetStatus\x12$.retrieval.query.v1.GetStatusRequest\x1a%.retrieval.query.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&retrieval/query/v1/query_service.proto\x12\x12retrieval.query.v1\x1a\"retrieval/feature/v1/feature.proto\x1a!retrieval/feature/v1/filter.proto\"\x97\x01\n\x05Query\x12\x39\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\'.retrieval.query.v1.Query.FeaturesEntry\x1aS\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x31\n\x05value\x18\x02 \x01(\x0b\x32\".retrieval.feature.v1.FeatureValue:\x02\x38\x01\"\xbc\x01\n\x0fRetrieveRequest\x12(\n\x05query\x18\x01 \x01(\x0b\x32\x19.retrieval.query.v1.Query\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x03 \x03(\t\x12\x12\n\nmin_shards\x18\x04 \x01(\x05\x12\x17\n\x0f\x61ttribute_names\x18\x05 \x03(\t\x12,\n\x06\x66ilter\x18\x06 \x01(\x0b\x32\x1c.retrieval.feature.v1.Filter\"\xee\x01\n\x10RetrieveResponse\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\x12\x39\n\nattributes\x18\x03 \x03(\x0b\x32%.retrieval.feature.v1.AttributeColumn\x12\x1a\n\x12\x63heckpoint_version\x18\x04 \x01(\x03\x12\x17\n\x0fshards_answered\x18\x05 \x01(\x05\x12\x14\n\x0cshards_total\x18\x06 \x01(\x05\x12\x18\n\x10\x64\x65graded_reasons\x18\x07 \x03(\t\x12\x18\n\x10\x65mbedding_cached\x18\x08 \x01(\x08\"\xc3\x01\n\x14\x42\x61tchRetrieveRequest\x12*\n\x07queries\x18\x01 \x03(\x0b\x32\x19.retrieval.query.v1.Query\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x03 \x03(\t\x12\x12\n\nmin_shards\x18\x04 \x01(\x05\x12\x17\n\x0f\x61ttribute_names\x18\x05 \x03(\t\x12,\n\x06\x66ilter\x18\x06 \x01(\x0b\x32\x1c.retrieval.feature.v1.Filter\"N\n\x15\x42\x61tchRetrieveResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.retrieval.query.v1.RetrieveResponse\":\n\x0c\x45mbedRequest\x12*\n\x07queries\x18\x01 \x03(\x0b\x32\x19.retrieval.query.v1.Query\"L\n\rEmbedResponse\x12\x12\n\nembeddings\x18\x01 \x01(\x0c\x12\x0b\n\x03\x64im\x18\x02 \x01(\x05\x12\x1a\n\x12\x63heckpoint_version\x18\x03 \x01(\x03\"\x12\n\x10GetStatusRequest\"\x90\x03\n\x11GetStatusResponse\x12\x1b\n\x13\x64\x65ployment_revision\x18\x01 \x01(\x03\x12\x14\n\x0clive_version\x18\x02 \x01(\x03\x12\x17\n\x0fstandby_version\x18\x03 \x01(\x03\x12/\n\x06towers\x18\x04 \x03(\x0b\x32\x1f.retrieval.query.v1.TowerStatus\x12\x33\n\x06shards\x18\x05 \x03(\x0b\x32#.retrieval.query.v1.ShardConnection\x12.\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32\x1f.retrieval.query.v1.CacheStatus\x12\x32\n\x08\x66\x65\x61tures\x18\x07 \x03(\x0b\x32 .retrieval.query.v1.QueryFeature\x12\x30\n\x06shadow\x18\x08 \x01(\x0b\x32 .retrieval.query.v1.ShadowStatus\x12\x33\n\x07traffic\x18\t \x03(\x0b\x32\".retrieval.query.v1.VersionTraffic\"\xd5\x01\n\x0cShadowStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x14\n\x0clive_version\x18\x02 \x01(\x03\x12\x13\n\x0bnum_queries\x18\x03 \x01(\x03\x12\x12\n\nnum_errors\x18\x04 \x01(\x03\x12\x14\n\x0cmean_overlap\x18\x05 \x01(\x01\x12\x12\n\nlive_p50_s\x18\x06 \x01(\x01\x12\x12\n\nlive_p99_s\x18\x07 \x01(\x01\x12\x15\n\rstandby_p50_s\x18\x08 \x01(\x01\x12\x15\n\rstandby_p99_s\x18\t \x01(\x01\"t\n\x0eVersionTraffic\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x03\x12\x12\n\nnum_errors\x18\x03 \x01(\x03\x12\r\n\x05p50_s\x18\x04 \x01(\x01\x12\r\n\x05p99_s\x18\x05 \x01(\x01\"\x97\x01\n\x0bTowerStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12-\n\x05state\x18\x02 \x01(\x0e\x32\x1e.retrieval.query.v1.TowerState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x19\n\x11golden_difference\x18\x04 \x01(\x01\x12\x12\n\nis_corrupt\x18\x05 \x01(\x08\"X\n\x0fShardConnection\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\treachable\x18\x03 \x01(\x08\x12\x12\n\nnum_shards\x18\x04 \x01(\x05\"_\n\x0b\x43\x61\x63heStatus\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\x0c\n\x04hits\x18\x03 \x01(\x03\x12\x0e\n\x06misses\x18\x04 \x01(\x03\x12\x0e\n\x06\x65rrors\x18\x05 \x01(\x03\"*\n\x0cQueryFeature\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t*u\n\nTowerState\x12\x1b\n\x17TOWER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13TOWER_STATE_LOADING\x10\x01\x12\x19\n\x15TOWER_STATE_AVAILABLE\x10\x02\x12\x16\n\x12TOWER_STATE_FAILED\x10\x03\x32\xf3\x02\n\x0cQueryService\x12U\n\x08Retrieve\x12#.retrieval.query.v1.RetrieveRequest\x1a$.retrieval.query.v1.RetrieveResponse\x12\x64\n\rBatchRetrieve\x12(.retrieval.query.v1.BatchRetrieveRequest\x1a).retrieval.query.v1.BatchRetrieveResponse\x12L\n\x05\x45mbed\x12 .retrieval.query.v1.EmbedRequest\x1a!.retrieval.query.v1.EmbedResponse\x12X\n\tGetStatus\x12$.retrieval.query.v1.GetStatusRequest\x1a%.retrieval.query.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,36 +35,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_QUERY_FEATURESENTRY']._loaded_options = None
   _globals['_QUERY_FEATURESENTRY']._serialized_options = b'8\001'
-  _globals['_TOWERSTATE']._serialized_start=1693
-  _globals['_TOWERSTATE']._serialized_end=1810
-  _globals['_QUERY']._serialized_start=99
-  _globals['_QUERY']._serialized_end=250
-  _globals['_QUERY_FEATURESENTRY']._serialized_start=167
-  _globals['_QUERY_FEATURESENTRY']._serialized_end=250
-  _globals['_RETRIEVEREQUEST']._serialized_start=253
-  _globals['_RETRIEVEREQUEST']._serialized_end=395
-  _globals['_RETRIEVERESPONSE']._serialized_start=398
-  _globals['_RETRIEVERESPONSE']._serialized_end=636
-  _globals['_BATCHRETRIEVEREQUEST']._serialized_start=639
-  _globals['_BATCHRETRIEVEREQUEST']._serialized_end=788
-  _globals['_BATCHRETRIEVERESPONSE']._serialized_start=790
-  _globals['_BATCHRETRIEVERESPONSE']._serialized_end=868
-  _globals['_EMBEDREQUEST']._serialized_start=870
-  _globals['_EMBEDREQUEST']._serialized_end=928
-  _globals['_EMBEDRESPONSE']._serialized_start=930
-  _globals['_EMBEDRESPONSE']._serialized_end=1006
-  _globals['_GETSTATUSREQUEST']._serialized_start=1008
-  _globals['_GETSTATUSREQUEST']._serialized_end=1026
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1029
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1326
-  _globals['_TOWERSTATUS']._serialized_start=1329
-  _globals['_TOWERSTATUS']._serialized_end=1480
-  _globals['_SHARDCONNECTION']._serialized_start=1482
-  _globals['_SHARDCONNECTION']._serialized_end=1550
-  _globals['_CACHESTATUS']._serialized_start=1552
-  _globals['_CACHESTATUS']._serialized_end=1647
-  _globals['_QUERYFEATURE']._serialized_start=1649
-  _globals['_QUERYFEATURE']._serialized_end=1691
-  _globals['_QUERYSERVICE']._serialized_start=1813
-  _globals['_QUERYSERVICE']._serialized_end=2184
+  _globals['_TOWERSTATE']._serialized_start=2277
+  _globals['_TOWERSTATE']._serialized_end=2394
+  _globals['_QUERY']._serialized_start=134
+  _globals['_QUERY']._serialized_end=285
+  _globals['_QUERY_FEATURESENTRY']._serialized_start=202
+  _globals['_QUERY_FEATURESENTRY']._serialized_end=285
+  _globals['_RETRIEVEREQUEST']._serialized_start=288
+  _globals['_RETRIEVEREQUEST']._serialized_end=476
+  _globals['_RETRIEVERESPONSE']._serialized_start=479
+  _globals['_RETRIEVERESPONSE']._serialized_end=717
+  _globals['_BATCHRETRIEVEREQUEST']._serialized_start=720
+  _globals['_BATCHRETRIEVEREQUEST']._serialized_end=915
+  _globals['_BATCHRETRIEVERESPONSE']._serialized_start=917
+  _globals['_BATCHRETRIEVERESPONSE']._serialized_end=995
+  _globals['_EMBEDREQUEST']._serialized_start=997
+  _globals['_EMBEDREQUEST']._serialized_end=1055
+  _globals['_EMBEDRESPONSE']._serialized_start=1057
+  _globals['_EMBEDRESPONSE']._serialized_end=1133
+  _globals['_GETSTATUSREQUEST']._serialized_start=1135
+  _globals['_GETSTATUSREQUEST']._serialized_end=1153
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1156
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1556
+  _globals['_SHADOWSTATUS']._serialized_start=1559
+  _globals['_SHADOWSTATUS']._serialized_end=1772
+  _globals['_VERSIONTRAFFIC']._serialized_start=1774
+  _globals['_VERSIONTRAFFIC']._serialized_end=1890
+  _globals['_TOWERSTATUS']._serialized_start=1893
+  _globals['_TOWERSTATUS']._serialized_end=2044
+  _globals['_SHARDCONNECTION']._serialized_start=2046
+  _globals['_SHARDCONNECTION']._serialized_end=2134
+  _globals['_CACHESTATUS']._serialized_start=2136
+  _globals['_CACHESTATUS']._serialized_end=2231
+  _globals['_QUERYFEATURE']._serialized_start=2233
+  _globals['_QUERYFEATURE']._serialized_end=2275
+  _globals['_QUERYSERVICE']._serialized_start=2397
+  _globals['_QUERYSERVICE']._serialized_end=2768
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from retrieval.feature.v1 import feature_pb2 as _feature_pb2
+from retrieval.feature.v1 import filter_pb2 as _filter_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -104,6 +105,7 @@ class RetrieveRequest(_message.Message):
     EXCLUDED_ITEM_IDS_FIELD_NUMBER: _builtins.int
     MIN_SHARDS_FIELD_NUMBER: _builtins.int
     ATTRIBUTE_NAMES_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     k: _builtins.int
     """How many items to return, at least 1."""
     min_shards: _builtins.int
@@ -120,6 +122,10 @@ class RetrieveRequest(_message.Message):
     def attribute_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Attributes to return with each item."""
 
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """Only items that meet this are returned; left out: all may be."""
+
     def __init__(
         self,
         *,
@@ -128,10 +134,11 @@ class RetrieveRequest(_message.Message):
         excluded_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         min_shards: _builtins.int = ...,
         attribute_names: _abc.Iterable[_builtins.str] | None = ...,
+        filter: _filter_pb2.Filter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "query", b"query"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute_names", b"attribute_names", "excluded_item_ids", b"excluded_item_ids", "k", b"k", "min_shards", b"min_shards", "query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute_names", b"attribute_names", "excluded_item_ids", b"excluded_item_ids", "filter", b"filter", "k", b"k", "min_shards", b"min_shards", "query", b"query"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -206,6 +213,7 @@ class BatchRetrieveRequest(_message.Message):
     EXCLUDED_ITEM_IDS_FIELD_NUMBER: _builtins.int
     MIN_SHARDS_FIELD_NUMBER: _builtins.int
     ATTRIBUTE_NAMES_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     k: _builtins.int
     """How many items to return for each query, at least 1."""
     min_shards: _builtins.int
@@ -222,6 +230,10 @@ class BatchRetrieveRequest(_message.Message):
     def attribute_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Attributes to return with each item."""
 
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """Only items that meet this are returned; left out: all may be."""
+
     def __init__(
         self,
         *,
@@ -230,10 +242,11 @@ class BatchRetrieveRequest(_message.Message):
         excluded_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         min_shards: _builtins.int = ...,
         attribute_names: _abc.Iterable[_builtins.str] | None = ...,
+        filter: _filter_pb2.Filter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute_names", b"attribute_names", "excluded_item_ids", b"excluded_item_ids", "k", b"k", "min_shards", b"min_shards", "queries", b"queries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute_names", b"attribute_names", "excluded_item_ids", b"excluded_item_ids", "filter", b"filter", "k", b"k", "min_shards", b"min_shards", "queries", b"queries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -347,6 +360,8 @@ class GetStatusResponse(_message.Message):
     SHARDS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
     deployment_revision: _builtins.int
     """Revision of the deployment record it follows; 0 before the first."""
     live_version: _builtins.int
@@ -369,6 +384,14 @@ class GetStatusResponse(_message.Message):
     def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueryFeature]:
         """The query features of the live version."""
 
+    @_builtins.property
+    def shadow(self) -> Global___ShadowStatus:
+        """Live queries that were answered by the standby version too; unset when none stands by."""
+
+    @_builtins.property
+    def traffic(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionTraffic]:
+        """Requests by the version that answered them, since the deployment record last changed."""
+
     def __init__(
         self,
         *,
@@ -379,14 +402,108 @@ class GetStatusResponse(_message.Message):
         shards: _abc.Iterable[Global___ShardConnection] | None = ...,
         cache: Global___CacheStatus | None = ...,
         features: _abc.Iterable[Global___QueryFeature] | None = ...,
+        shadow: Global___ShadowStatus | None = ...,
+        traffic: _abc.Iterable[Global___VersionTraffic] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "deployment_revision", b"deployment_revision", "features", b"features", "live_version", b"live_version", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "deployment_revision", b"deployment_revision", "features", b"features", "live_version", b"live_version", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class ShadowStatus(_message.Message):
+    """How the standby version answers a sample of the live queries, beside the live version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_VERSION_FIELD_NUMBER: _builtins.int
+    LIVE_VERSION_FIELD_NUMBER: _builtins.int
+    NUM_QUERIES_FIELD_NUMBER: _builtins.int
+    NUM_ERRORS_FIELD_NUMBER: _builtins.int
+    MEAN_OVERLAP_FIELD_NUMBER: _builtins.int
+    LIVE_P50_S_FIELD_NUMBER: _builtins.int
+    LIVE_P99_S_FIELD_NUMBER: _builtins.int
+    STANDBY_P50_S_FIELD_NUMBER: _builtins.int
+    STANDBY_P99_S_FIELD_NUMBER: _builtins.int
+    checkpoint_version: _builtins.int
+    """The version that stands by."""
+    live_version: _builtins.int
+    """The version whose answers it is compared with."""
+    num_queries: _builtins.int
+    """Queries that both answered."""
+    num_errors: _builtins.int
+    """Queries that the standby version failed to answer."""
+    mean_overlap: _builtins.float
+    """Mean share of the live answer's items that the standby version returned too."""
+    live_p50_s: _builtins.float
+    """Median seconds of the live version's answers."""
+    live_p99_s: _builtins.float
+    """99th percentile of the live version's answers."""
+    standby_p50_s: _builtins.float
+    """Median seconds of the standby version's answers."""
+    standby_p99_s: _builtins.float
+    """99th percentile of the standby version's answers."""
+    def __init__(
+        self,
+        *,
+        checkpoint_version: _builtins.int = ...,
+        live_version: _builtins.int = ...,
+        num_queries: _builtins.int = ...,
+        num_errors: _builtins.int = ...,
+        mean_overlap: _builtins.float = ...,
+        live_p50_s: _builtins.float = ...,
+        live_p99_s: _builtins.float = ...,
+        standby_p50_s: _builtins.float = ...,
+        standby_p99_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "live_p50_s", b"live_p50_s", "live_p99_s", b"live_p99_s", "live_version", b"live_version", "mean_overlap", b"mean_overlap", "num_errors", b"num_errors", "num_queries", b"num_queries", "standby_p50_s", b"standby_p50_s", "standby_p99_s", b"standby_p99_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowStatus: _TypeAlias = ShadowStatus  # noqa: Y015
+
+@_typing.final
+class VersionTraffic(_message.Message):
+    """Requests that one version answered, or failed to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_VERSION_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    NUM_ERRORS_FIELD_NUMBER: _builtins.int
+    P50_S_FIELD_NUMBER: _builtins.int
+    P99_S_FIELD_NUMBER: _builtins.int
+    checkpoint_version: _builtins.int
+    """The checkpoint version."""
+    num_requests: _builtins.int
+    """Requests."""
+    num_errors: _builtins.int
+    """Those that failed for a reason that is not the caller's."""
+    p50_s: _builtins.float
+    """Median seconds of a request."""
+    p99_s: _builtins.float
+    """99th percentile."""
+    def __init__(
+        self,
+        *,
+        checkpoint_version: _builtins.int = ...,
+        num_requests: _builtins.int = ...,
+        num_errors: _builtins.int = ...,
+        p50_s: _builtins.float = ...,
+        p99_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "num_errors", b"num_errors", "num_requests", b"num_requests", "p50_s", b"p50_s", "p99_s", b"p99_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionTraffic: _TypeAlias = VersionTraffic  # noqa: Y015
 
 @_typing.final
 class TowerStatus(_message.Message):
@@ -430,29 +547,33 @@ Global___TowerStatus: _TypeAlias = TowerStatus  # noqa: Y015
 
 @_typing.final
 class ShardConnection(_message.Message):
-    """One shard as this replica sees it."""
+    """One replica of a shard as this replica of the query service sees it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SHARD_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
+    NUM_SHARDS_FIELD_NUMBER: _builtins.int
     shard: _builtins.int
     """Number of the shard, from 0."""
     address: _builtins.str
-    """Its address."""
+    """The replica's address."""
     reachable: _builtins.bool
     """Whether its last call succeeded; true before the first."""
+    num_shards: _builtins.int
+    """Number of shards of the layout that it belongs to."""
     def __init__(
         self,
         *,
         shard: _builtins.int = ...,
         address: _builtins.str = ...,
         reachable: _builtins.bool = ...,
+        num_shards: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "reachable", b"reachable", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "num_shards", b"num_shards", "reachable", b"reachable", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
