@@ -1,0 +1,1 @@
+"""Benchmarks of the index service; each takes `--quick` and `--json FILE`."""
