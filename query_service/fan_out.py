@@ -36,6 +36,8 @@ class Search:
     k: int
     excluded_item_ids: Sequence[str]
     attribute_names: Sequence[str]
+    num_shards: int | None = None
+    """The layout that answers, by its number of shards; None: the first one."""
 
 
 @dataclass(frozen=True)
