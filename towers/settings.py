@@ -3,6 +3,7 @@
 Deliberately does not know which settings there are, nor what they are for.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ from towers.errors import InvalidInputError
 
 PREFIX = "TWOTOWER_"
 """Of the environment variables."""
+Layout = tuple[tuple[str, ...], ...]
+"""The addresses of each shard's replicas, by shard."""
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/,\[\]]+):(?P<port>\d{1,5})")
 
 
@@ -52,6 +55,15 @@ def _address(address: str) -> str:
     return address
 
 
+def _split_layouts(layouts: Any) -> Any:
+    if not isinstance(layouts, str):
+        return layouts
+    return tuple(
+        tuple(tuple(address.strip() for address in shard.split("|")) for shard in layout.split(","))
+        for layout in layouts.split(";")
+    )
+
+
 def _addresses(addresses: tuple[str, ...]) -> tuple[str, ...]:
     if not addresses or addresses == ("",):
         raise ValueError("give at least one address, for example 127.0.0.1:50061,127.0.0.1:50062")
@@ -62,7 +74,26 @@ def _addresses(addresses: tuple[str, ...]) -> tuple[str, ...]:
     return addresses
 
 
+def _layouts(layouts: tuple[Layout, ...]) -> tuple[Layout, ...]:
+    _addresses(tuple(address for layout in layouts for shard in layout for address in shard))
+    sizes = sorted(len(layout) for layout in layouts)
+    if 0 in sizes or not all(shard for layout in layouts for shard in layout):
+        raise ValueError("every shard has at least one address: | is between replicas, `,` between shards")
+    if repeated := [size for size, following in itertools.pairwise(sizes) if size == following]:
+        raise ValueError(
+            f"two layouts have {repeated[0]} shards, and a layout is known by its number of shards; "
+            "replicas of a shard stand in one layout, with | between them"
+        )
+    return layouts
+
+
 Address = Annotated[str, AfterValidator(_address)]
 """`host:port`, or `unix:/path`."""
 Addresses = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_addresses)]
 """`host:port,host:port`."""
+Layouts = Annotated[tuple[Layout, ...], NoDecode, BeforeValidator(_split_layouts), AfterValidator(_layouts)]
+"""`a:1|a:2,b:1;c:1,d:1,e:1`: `,` between shards, `|` between the replicas of one, `;` between layouts.
+
+The position of a shard is its number; a layout is known by its number of shards. The first layout answers unless the
+deployment record names another.
+"""
