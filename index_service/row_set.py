@@ -1,6 +1,9 @@
 """A set of rows of one index: those that may be returned.
 
 Deliberately does not know why the others may not.
+
+Few rows are held as a list, many as a bitmap, whichever is smaller to combine; each form is made from the other only
+when it is asked for.
 """
 
 from functools import cached_property
@@ -8,28 +11,118 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+_WORD_BITS = 64
+
 
 class RowSet:
     """Rows of an index of N items. Never changes."""
 
+    FEW = 32
+    """Fewer than one row in this many are combined as a list: its 8 bytes a row are then about the bitmap's N / 8."""
+
     def __init__(self, mask: NDArray[np.bool_]) -> None:
-        """Takes `[N]`: True for the rows in the set; the array must not change afterwards."""
-        self.mask = mask
+        """Takes `[N]`: True for the rows in the set."""
+        self.num_rows = len(mask)
+        """N."""
+        packed = np.zeros(-(-self.num_rows // _WORD_BITS) * 8, dtype=np.uint8)
+        packed[: -(-self.num_rows // 8)] = np.packbits(mask, bitorder="little")
+        self.words = packed.view(np.uint64)
+
+    @classmethod
+    def of_words(cls, words: NDArray[np.uint64], num_rows: int) -> "RowSet":
+        """Takes 64 rows a word, row 0 the lowest bit of word 0, no bit set from row N on; the array must not change."""
+        made = cls.__new__(cls)
+        made.num_rows = num_rows
+        made.words = words
+        return made
+
+    @classmethod
+    def of_rows(cls, rows: NDArray[np.integer], num_rows: int) -> "RowSet":
+        """Takes some of N rows, rising, each once."""
+        made = cls.__new__(cls)
+        made.num_rows = num_rows
+        made.rows = rows.astype(np.int64, copy=False)
+        made.count = len(rows)
+        return made
+
+    @classmethod
+    def everything(cls, num_rows: int) -> "RowSet":
+        """All of N rows."""
+        words = np.full(-(-num_rows // _WORD_BITS), ~np.uint64(0))
+        return cls.of_words(_without_tail(words, num_rows), num_rows)
 
     def __and__(self, other: "RowSet") -> "RowSet":
-        return RowSet(self.mask & other.mask)
+        for few, others in ((self, other), (other, self)):
+            if few.has_few_rows:
+                return RowSet.of_rows(few.rows[others.contains(few.rows)], self.num_rows)
+        return RowSet.of_words(self.words & other.words, self.num_rows)
+
+    def __or__(self, other: "RowSet") -> "RowSet":
+        if self.has_few_rows and other.has_few_rows:
+            return RowSet.of_rows(np.union1d(self.rows, other.rows), self.num_rows)
+        return RowSet.of_words(self.words | other.words, self.num_rows)
+
+    def __invert__(self) -> "RowSet":
+        return RowSet.of_words(_without_tail(~self.words, self.num_rows), self.num_rows)
+
+    def __sub__(self, other: "RowSet") -> "RowSet":
+        if self.has_few_rows:
+            return RowSet.of_rows(self.rows[~other.contains(self.rows)], self.num_rows)
+        return RowSet.of_words(self.words & ~other.words, self.num_rows)
 
     @cached_property
     def count(self) -> int:
         """Number of rows in the set."""
-        return int(np.count_nonzero(self.mask))
+        return int(np.bitwise_count(self.words).sum(dtype=np.int64))
+
+    @property
+    def has_few_rows(self) -> bool:
+        """Whether a list of the rows is the smaller form."""
+        return self.count * RowSet.FEW < self.num_rows
 
     @cached_property
     def rows(self) -> NDArray[np.int64]:
         """The rows, rising."""
-        return np.flatnonzero(self.mask)
+        used = np.flatnonzero(self.words)
+        bits = np.unpackbits(self.words[used].view(np.uint8), bitorder="little")
+        places = np.flatnonzero(bits)
+        return used[places // _WORD_BITS] * _WORD_BITS + places % _WORD_BITS
 
-    @cached_property
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """`[N]`: True for the rows in the set."""
+        bits = np.unpackbits(self.words.view(np.uint8), count=self.num_rows, bitorder="little")
+        return bits.view(np.bool_)
+
+    @property
     def bitmap(self) -> NDArray[np.uint8]:
         """One bit a row, row 0 the lowest of byte 0, as FAISS's `IDSelectorBitmap` reads it."""
-        return np.packbits(self.mask, bitorder="little")
+        return self.words.view(np.uint8)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the forms that were made so far."""
+        return sum(form.nbytes for form in self.__dict__.values() if isinstance(form, np.ndarray))
+
+    def contains(self, rows: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """For each of some rows, whether it is in the set."""
+        if "words" not in self.__dict__ and len(rows) * RowSet.FEW < self.num_rows:
+            places = np.searchsorted(self.rows, rows)
+            found: NDArray[np.bool_] = np.append(self.rows, -1)[places] == rows
+            return found
+        bits: NDArray[np.uint8] = self.bitmap[rows >> 3] >> (rows & 7).astype(np.uint8) & 1
+        return bits.view(np.bool_)
+
+    @cached_property
+    def words(self) -> NDArray[np.uint64]:
+        """64 rows a word, row 0 the lowest bit of word 0, no bit set from row N on."""
+        mask = np.zeros(self.num_rows, dtype=bool)
+        mask[self.rows] = True
+        return RowSet(mask).words
+
+
+def _without_tail(words: NDArray[np.uint64], num_rows: int) -> NDArray[np.uint64]:
+    """The words with no bit set from row N on; changes them in place."""
+    if num_rows % _WORD_BITS:
+        words[-1] &= np.uint64((1 << num_rows % _WORD_BITS) - 1)
+    return words
