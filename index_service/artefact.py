@@ -1,56 +1,71 @@
 """Built indexes in the object store: a cache that any replica can fill, and that may be lost at any moment.
 
-Deliberately does not know how an index is built or searched; it hands out verified bytes.
+Deliberately does not know how an index is built or searched; it hands out indexes whose every byte was verified.
 
 The layout, below `indexes/<checkpoint_version>/<shard>-of-<num_shards>/<catalogue_version>/`:
 
     manifest-<revision>.json    what the artefact is; written LAST, put-if-absent; the highest revision counts
-    <build>/index.faiss         the serialised FAISS index
+    <build>/index.faiss         the FAISS index without its exact vectors; absent where they are the index
+    <build>/vectors.f32         [N, D] little-endian float32, the exact vectors
     <build>/items.arrow         ids and attributes (Arrow IPC file), row i is vector i of the index
     <build>/item_hashes.u64     little-endian uint64, xxh3_64 of each item id, rising: the rows are in this order
 
 Every build writes into a folder of its own, so two builders never mix files; of two that finish together the manifest
 picks one. Nothing is ever overwritten: a refused artefact is replaced by a manifest of the next revision. Artefacts of
 older catalogues are pruned as the catalogue moves on; those of checkpoints that no deployment record names stay.
+
+Files are read in chunks, each verified before it is used and placed where it stays, so that a load never holds a
+second copy in memory.
 """
 
 import hashlib
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
-from urllib.parse import quote
+from typing import Any, Literal
+from urllib.parse import quote, unquote
 
+import faiss
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from towers.checkpoint import FileDigest, Manifest
+from index_service.ann import AnnIndex, exact_index_of_size, stored_part, vectors_of
+from index_service.plan import EXACT, IndexPlan
+from towers.catalogue import ITEM_ID
+from towers.checkpoint import Manifest
 from towers.errors import CorruptArtefactError, NotFoundError
 from towers.store import Store
 
 FOLDER = "indexes"
 INDEX = "index.faiss"
+VECTORS = "vectors.f32"
 ITEMS = "items.arrow"
 ITEM_HASHES = "item_hashes.u64"
 FIRST_REVISION = 1
-EXACT = "Flat"
-"""Index type of an exact index."""
+CHUNK_BYTES = 8 * 2**20
+VALIDATION_QUERIES = "validation queries"
+ITEM_VECTORS = "item vectors"
+_READERS = 4
+"""Chunks that are fetched and verified at once."""
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 _MANIFEST = re.compile(r"manifest-(\d+)\.json")
+_CATALOGUE_VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
-class SearchEffort(BaseModel):
-    """How many lists of an IVF index are probed, and what that was measured to give."""
+class StoredFile(BaseModel):
+    """What a file must be."""
 
     model_config = ConfigDict(frozen=True)
 
-    k: int = Field(ge=1)
-    """Applies to searches for up to this many items."""
-    nprobe: int = Field(ge=1)
-    recall: float
-    """Recall@k against exact search on a sample of the items."""
+    size_bytes: int = Field(ge=0)
+    chunk_sha256: tuple[str, ...]
+    """Of each `CHUNK_BYTES`; the last chunk is what is left."""
 
 
 class ArtefactManifest(BaseModel):
@@ -58,7 +73,7 @@ class ArtefactManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     revision: int = Field(ge=FIRST_REVISION)
     build: str = Field(pattern=r"^[0-9a-f]{32}$")
     """Name of the folder that holds the files."""
@@ -69,34 +84,70 @@ class ArtefactManifest(BaseModel):
     catalogue_version: str
     shard: int
     num_shards: int
-    dim: int
-    num_items: int
+    dim: int = Field(ge=1)
+    num_items: int = Field(ge=0)
     num_quarantined: int
-    index_type: str
-    search_efforts: tuple[SearchEffort, ...]
-    """By rising k; none for an exact index."""
+    plan: IndexPlan
+    target_recall: float
+    """What the search settings were to reach."""
+    measured_with: Literal["validation queries", "item vectors"]
+    """What the recall was measured with."""
+    item_similarity: float
+    """Mean cosine of pairs of different items; 0 where there are no pairs."""
+    score_mean: float
+    """Of sampled queries with sampled items; 0 where there are no items."""
+    score_deviation: float
     golden_difference: float
     """Of the item tower on the machine that built the index."""
-    files: Mapping[str, FileDigest]
+    files: Mapping[str, StoredFile] = {}
+    """Empty until it is stored."""
+
+    @property
+    def index_type(self) -> str:
+        """FAISS factory string."""
+        return self.plan.index_type
 
 
 @dataclass(frozen=True)
-class Artefact:
-    """A stored index: its manifest and the bytes of its files, verified."""
+class LoadedArtefact:
+    """An index in memory, as it was built or as it was read.
+
+    Raises:
+        CorruptArtefactError: the parts do not fit together.
+    """
 
     manifest: ArtefactManifest
-    files: Mapping[str, bytes]
+    ann: AnnIndex
+    items: pa.Table
+    """Ids and attributes, row i is vector i of the index."""
+    item_hashes: NDArray[np.uint64]
+    """`[N]`, rising."""
+
+    def __post_init__(self) -> None:
+        base = self.ann.base
+        num_items, dim = self.manifest.num_items, self.manifest.dim
+        in_base = (num_items, dim) if base is None else (base.ntotal, base.d)
+        found = (self.ann.num_items, self.ann.dim, *in_base, self.items.num_rows, len(self.item_hashes))
+        is_whole = found == (num_items, dim, num_items, dim, num_items, num_items)
+        if not is_whole or ITEM_ID not in self.items.column_names:
+            raise CorruptArtefactError(f"the stored index: its files do not fit together: {found}")
+        if base is not None and base.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise CorruptArtefactError("the stored index: its metric is not the inner product")
+
+
+@dataclass(frozen=True)
+class ArtefactRef:
+    """Names one stored index."""
+
+    checkpoint_version: int
+    catalogue_version: str
+    revision: int
 
 
 def checkpoint_fingerprint(manifest: Manifest) -> str:
     """sha256 over all files of a checkpoint: a number alone does not say which checkpoint bore it in a store."""
     digests = {path: digest.sha256 for path, digest in manifest.files.items()}
     return hashlib.sha256(_canonical(digests)).hexdigest()
-
-
-def digest_of(content: bytes) -> FileDigest:
-    """What a file's manifest entry says."""
-    return FileDigest(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
 
 
 def new_build() -> str:
@@ -112,43 +163,81 @@ class ArtefactStore:
         self._shard = shard
         self._num_shards = num_shards
 
+    def refs(self, checkpoint_version: int) -> list[ArtefactRef]:
+        """All that is stored of a checkpoint: of each catalogue state the revision that counts, newest state first."""
+        parent = self._parent(checkpoint_version)
+        revisions: dict[str, int] = {}
+        for path in self._store.files(parent):
+            folder, _, _ = path.removeprefix(f"{parent}/").partition("/")
+            revision = _revision(path)
+            if revision is not None:
+                revisions[folder] = max(revision, revisions.get(folder, 0))
+        found = [ArtefactRef(checkpoint_version, _unquoted(folder), revision) for folder, revision in revisions.items()]
+        return sorted(found, key=lambda ref: _age(ref.catalogue_version), reverse=True)
+
+    def newest(self, checkpoint_version: int) -> ArtefactRef | None:
+        """The stored index of the newest catalogue state; None when nothing is stored."""
+        return next(iter(self.refs(checkpoint_version)), None)
+
     def newest_revision(self, checkpoint_version: int, catalogue_version: str) -> int | None:
         """The revision that counts; None when nothing is stored."""
         folder = self._folder(checkpoint_version, catalogue_version)
         revisions = (_revision(path) for path in self._store.files(folder))
         return max((revision for revision in revisions if revision is not None), default=None)
 
-    def get(self, checkpoint_version: int, catalogue_version: str, revision: int) -> Artefact:
-        """Reads an artefact. Nothing is parsed before its size and sha256 are right.
+    def manifest(self, ref: ArtefactRef) -> ArtefactManifest:
+        """Reads what a stored index is.
 
         Raises:
-            CorruptArtefactError: a file is missing, differs from its digest, or belongs elsewhere.
+            CorruptArtefactError: the manifest is missing or damaged, or describes another index.
         """
-        folder = self._folder(checkpoint_version, catalogue_version)
-        name = f"{folder}/manifest-{revision}.json"
-        manifest = _unsealed(name, self._read(name))
+        name = f"{self._folder(ref.checkpoint_version, ref.catalogue_version)}/manifest-{ref.revision}.json"
+        try:
+            manifest = _unsealed(name, self._store.get(name))
+        except NotFoundError as error:
+            raise CorruptArtefactError(f"{name} is missing") from error
         place = (manifest.checkpoint_version, manifest.catalogue_version, manifest.shard, manifest.num_shards)
-        if place != (checkpoint_version, catalogue_version, self._shard, self._num_shards):
+        if place != (ref.checkpoint_version, ref.catalogue_version, self._shard, self._num_shards):
             raise CorruptArtefactError(f"{name}: it describes another index: {place}")
-        files: dict[str, bytes] = {}
-        for file in (INDEX, ITEMS, ITEM_HASHES):
-            path = f"{folder}/{manifest.build}/{file}"
-            files[file] = self._read(path)
-            if digest_of(files[file]) != manifest.files.get(file):
-                raise CorruptArtefactError(f"{path}: it differs from its manifest (size or sha256)")
-        return Artefact(manifest, files)
+        return manifest
 
-    def put(self, artefact: Artefact) -> None:
-        """Publishes an artefact: visible at once and whole, or not at all.
+    def get(self, ref: ArtefactRef) -> LoadedArtefact:
+        """Reads a stored index. Nothing is parsed before its size and sha256 are right.
+
+        Raises:
+            CorruptArtefactError: a file is missing, differs from its digests, or belongs elsewhere.
+        """
+        manifest = self.manifest(ref)
+        folder = f"{self._folder(ref.checkpoint_version, ref.catalogue_version)}/{manifest.build}"
+        sizes = self._store.files(folder)
+        for file, stored in manifest.files.items():
+            path = f"{folder}/{file}"
+            if path not in sizes:
+                raise CorruptArtefactError(f"{path} is missing")
+            if sizes[path] != stored.size_bytes:
+                raise CorruptArtefactError(f"{path}: it differs from its manifest (size or sha256)")
+        try:
+            return self._read(manifest, folder)
+        except (RuntimeError, ValueError, KeyError, pa.ArrowException) as error:
+            raise CorruptArtefactError(f"{folder}: the stored index does not load: {error}") from error
+
+    def put(self, artefact: LoadedArtefact) -> ArtefactManifest:
+        """Publishes an index: visible at once and whole, or not at all.
+
+        Returns:
+            The manifest as it is stored.
 
         Raises:
             ConflictError: another build published this revision first; use theirs.
         """
-        manifest = artefact.manifest
-        folder = self._folder(manifest.checkpoint_version, manifest.catalogue_version)
-        for file, content in artefact.files.items():
-            self._store.put_new(f"{folder}/{manifest.build}/{file}", content)
+        folder = self._folder(artefact.manifest.checkpoint_version, artefact.manifest.catalogue_version)
+        files: dict[str, StoredFile] = {}
+        for file, content in _contents(artefact):
+            self._store.put_new(f"{folder}/{artefact.manifest.build}/{file}", content)
+            files[file] = stored_file(content)
+        manifest = artefact.manifest.model_copy(update={"files": files})
         self._store.put_new(f"{folder}/manifest-{manifest.revision}.json", _sealed(manifest))
+        return manifest
 
     def prune(self, checkpoint_version: int, created_before: datetime) -> None:
         """Deletes a checkpoint's artefacts that are older than a moment, each manifest before its files.
@@ -165,21 +254,104 @@ class ArtefactStore:
 
     def _created(self, manifest_path: str) -> datetime:
         try:
-            return _unsealed(manifest_path, self._read(manifest_path)).created
-        except CorruptArtefactError:
+            return _unsealed(manifest_path, self._store.get(manifest_path)).created
+        except (CorruptArtefactError, NotFoundError):
             return _LONG_AGO
 
-    def _read(self, path: str) -> bytes:
+    def _read(self, manifest: ArtefactManifest, folder: str) -> LoadedArtefact:
+        files, num_items = manifest.files, manifest.num_items
+        exact = exact_index_of_size(num_items, manifest.dim)
+        hashes = np.empty(num_items, dtype="<u8")
+        items = np.empty(files[ITEMS].size_bytes, dtype=np.uint8)
+        self._read_into(f"{folder}/{VECTORS}", files[VECTORS], vectors_of(exact).reshape(-1).view(np.uint8))
+        self._read_into(f"{folder}/{ITEM_HASHES}", files[ITEM_HASHES], hashes.view(np.uint8))
+        self._read_into(f"{folder}/{ITEMS}", files[ITEMS], items)
+        is_exact = manifest.index_type == EXACT
+        base = None if is_exact else self._read_index(f"{folder}/{INDEX}", files[INDEX])
+        table = pa.ipc.open_file(pa.py_buffer(items)).read_all()
+        return LoadedArtefact(manifest, AnnIndex(manifest.plan, base, exact), table, hashes)
+
+    def _read_into(self, path: str, stored: StoredFile, target: NDArray[np.uint8]) -> None:
+        """Reads a file to where it stays, several chunks at once."""
+        if len(target) != stored.size_bytes:
+            raise CorruptArtefactError(
+                f"{path}: its files do not fit together: it has {stored.size_bytes} bytes, expected {len(target)}"
+            )
+
+        def read(number: int) -> None:
+            start = number * CHUNK_BYTES
+            target[start : start + CHUNK_BYTES] = np.frombuffer(self._chunk(path, stored, number), dtype=np.uint8)
+
+        with ThreadPoolExecutor(_READERS, "fetch") as readers:
+            for _ in readers.map(read, range(len(stored.chunk_sha256))):
+                pass
+
+    def _read_index(self, path: str, stored: StoredFile) -> Any:
+        """Parses a FAISS index while it is read, a verified chunk at a time."""
+        source = _ChunkSource(self._chunk(path, stored, number) for number in range(len(stored.chunk_sha256)))
+        reader = faiss.PyCallbackIOReader(source.read, CHUNK_BYTES)
+        return faiss.read_index(faiss.BufferedIOReader(reader, CHUNK_BYTES))
+
+    def _chunk(self, path: str, stored: StoredFile, number: int) -> bytes:
+        start = number * CHUNK_BYTES
+        length = min(CHUNK_BYTES, stored.size_bytes - start)
         try:
-            return self._store.get(path)
+            chunk = self._store.get_range(path, start, length)
         except NotFoundError as error:
             raise CorruptArtefactError(f"{path} is missing") from error
+        if len(chunk) != length or hashlib.sha256(chunk).hexdigest() != stored.chunk_sha256[number]:
+            raise CorruptArtefactError(f"{path}: it differs from its manifest (size or sha256)")
+        return chunk
 
     def _parent(self, checkpoint_version: int) -> str:
         return f"{FOLDER}/{checkpoint_version}/{self._shard}-of-{self._num_shards}"
 
     def _folder(self, checkpoint_version: int, catalogue_version: str) -> str:
         return f"{self._parent(checkpoint_version)}/{_quoted(catalogue_version)}"
+
+
+class _ChunkSource:
+    """A byte stream for FAISS, made of chunks."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._left = memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, at most `size`; empty at the end."""
+        if not self._left:
+            self._left = memoryview(next(self._chunks, b""))
+        taken, self._left = self._left[:size], self._left[size:]
+        return bytes(taken)
+
+
+def stored_file(content: bytes | memoryview) -> StoredFile:
+    """What a file's manifest entry says."""
+    view = memoryview(content)
+    starts = range(0, len(view), CHUNK_BYTES)
+    digests = tuple(hashlib.sha256(view[start : start + CHUNK_BYTES]).hexdigest() for start in starts)
+    return StoredFile(size_bytes=len(view), chunk_sha256=digests)
+
+
+def _contents(artefact: LoadedArtefact) -> Iterator[tuple[str, bytes | memoryview]]:
+    """The files of an artefact, one after another, so that one serialised form at a time is in memory."""
+    yield VECTORS, _bytes_of(artefact.ann.vectors)
+    yield ITEM_HASHES, _bytes_of(artefact.item_hashes)
+    yield ITEMS, _arrow_file(artefact.items)
+    if artefact.ann.base is not None:
+        yield INDEX, stored_part(artefact.ann.base)
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    little_endian = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    return little_endian.reshape(-1).view(np.uint8).data
+
+
+def _arrow_file(items: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, items.schema) as writer:
+        writer.write_table(items.combine_chunks())
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def _revision(path: str) -> int | None:
@@ -211,3 +383,13 @@ def _canonical(content: object) -> bytes:
 def _quoted(catalogue_version: str) -> str:
     """A folder name, whatever the version's characters; stores treat `%` in their own ways."""
     return "v" + quote(catalogue_version, safe="").replace("%", "=")
+
+
+def _unquoted(folder: str) -> str:
+    return unquote(folder.removeprefix("v").replace("=", "%"))
+
+
+def _age(catalogue_version: str) -> tuple[int, int]:
+    """Rises as the catalogue changes: both numbers of a version only ever grow."""
+    match = _CATALOGUE_VERSION.fullmatch(catalogue_version)
+    return (int(match.group(1)), int(match.group(2))) if match else (-1, -1)

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,21 +26,17 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from index_service.ann import AnnIndex, exact_index
 from index_service.artefact import (
-    EXACT,
-    INDEX,
-    ITEM_HASHES,
-    ITEMS,
-    Artefact,
+    ITEM_VECTORS,
     ArtefactManifest,
     ArtefactStore,
-    SearchEffort,
+    LoadedArtefact,
     checkpoint_fingerprint,
-    digest_of,
     new_build,
 )
 from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
-from index_service.shard import list_parameters
+from index_service.plan import EXACT, IndexPlan, SearchSetting
 from towers.catalogue import ITEM_ID, Catalogue, partition
 from towers.checkpoint import CheckpointStore, Manifest
 from towers.errors import ConflictError, CorruptArtefactError, InvalidFeatureError, InvalidInputError, TwoTowerError
@@ -76,15 +73,6 @@ class EmbeddedItems:
     quarantined_ids: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class BuiltIndex:
-    """A FAISS index and how to search it."""
-
-    index: Any
-    index_type: str
-    search_efforts: tuple[SearchEffort, ...]
-
-
 def build(order: BuildOrder, report: Callable[[float], None]) -> ArtefactManifest:
     """Embeds the shard's items, builds the index and publishes it.
 
@@ -111,20 +99,17 @@ def build(order: BuildOrder, report: Callable[[float], None]) -> ArtefactManifes
         lambda share: report(share * _EMBEDDING_SHARE),
     )
     artefact = artefact_of(order, checkpoint, tower.golden_difference, embedded)
-    ArtefactStore(store, order.shard, order.num_shards).put(artefact)
+    manifest = ArtefactStore(store, order.shard, order.num_shards).put(artefact)
     report(1.0)
-    return artefact.manifest
+    return manifest
 
 
-def artefact_of(order: BuildOrder, checkpoint: Manifest, golden_difference: float, embedded: EmbeddedItems) -> Artefact:
-    """Builds the index of embedded items, and all that is stored with it."""
+def artefact_of(
+    order: BuildOrder, checkpoint: Manifest, golden_difference: float, embedded: EmbeddedItems
+) -> LoadedArtefact:
+    """Builds the index of embedded items, and all that belongs to it."""
     embedded, hashes = _in_order_of_hash(embedded)
-    built = build_index(embedded.embeddings, order.exact_below)
-    files = {
-        INDEX: faiss.serialize_index(built.index).tobytes(),
-        ITEMS: _arrow_file(embedded.items),
-        ITEM_HASHES: hashes.astype("<u8").tobytes(),
-    }
+    ann = build_index(embedded.embeddings, order.exact_below)
     manifest = ArtefactManifest(
         revision=order.revision,
         build=new_build(),
@@ -137,12 +122,15 @@ def artefact_of(order: BuildOrder, checkpoint: Manifest, golden_difference: floa
         dim=checkpoint.dim,
         num_items=embedded.items.num_rows,
         num_quarantined=len(embedded.quarantined_ids),
-        index_type=built.index_type,
-        search_efforts=built.search_efforts,
+        plan=ann.plan,
+        target_recall=TARGET_RECALL,
+        measured_with=ITEM_VECTORS,
+        item_similarity=0.0,
+        score_mean=0.0,
+        score_deviation=0.0,
         golden_difference=golden_difference,
-        files={name: digest_of(content) for name, content in files.items()},
     )
-    return Artefact(manifest, files)
+    return LoadedArtefact(manifest, ann, embedded.items, hashes)
 
 
 def embed_items(tower: Tower, items: pa.Table, report: Callable[[float], None]) -> EmbeddedItems:
@@ -193,7 +181,7 @@ def embed_items(tower: Tower, items: pa.Table, report: Callable[[float], None]) 
     return EmbeddedItems(items.filter(pa.array(is_kept)), embeddings[is_kept], tuple(quarantined))
 
 
-def build_index(embeddings: NDArray[np.float32], exact_below: int) -> BuiltIndex:
+def build_index(embeddings: NDArray[np.float32], exact_below: int) -> AnnIndex:
     """Builds an exact index of fewer than `exact_below` vectors, an IVF index of more.
 
     An IVF index stores 8 bits a component; where that cannot reach the target recall, it stores the floats.
@@ -203,24 +191,23 @@ def build_index(embeddings: NDArray[np.float32], exact_below: int) -> BuiltIndex
         exact_below: Number of vectors from which the index is approximate.
     """
     num_items, dim = embeddings.shape
+    exact = exact_index(embeddings)
     if num_items == 0 or num_items < exact_below:
-        exact = faiss.IndexFlatIP(dim)
-        exact.add(embeddings)
-        return BuiltIndex(exact, EXACT, ())
+        return AnnIndex(IndexPlan(index_type=EXACT, settings=()), None, exact)
     num_lists = max(1, min(int(_LISTS_PER_ROOT * math.sqrt(num_items)), num_items // _TRAINING_VECTORS_PER_LIST))
     for encoding in _ENCODINGS:
         index_type = f"IVF{num_lists},{encoding}"
         index = faiss.index_factory(dim, index_type, faiss.METRIC_INNER_PRODUCT)
         index.train(embeddings)
         index.add(embeddings)
-        efforts = measure_efforts(index, embeddings)
-        if all(effort.recall >= TARGET_RECALL for effort in efforts):
+        settings = measured_settings(index, embeddings)
+        if all(setting.recall >= TARGET_RECALL for setting in settings):
             break
         _log.warning("%s does not reach a recall of %s even when all lists are probed", index_type, TARGET_RECALL)
-    return BuiltIndex(index, index_type, efforts)
+    return AnnIndex(IndexPlan(index_type=index_type, settings=settings), index, exact)
 
 
-def measure_efforts(index: Any, embeddings: NDArray[np.float32]) -> tuple[SearchEffort, ...]:
+def measured_settings(index: Any, embeddings: NDArray[np.float32]) -> tuple[SearchSetting, ...]:
     """The smallest powers of two of lists to probe that reach the target recall, all lists where none does.
 
     Queries are a sample of the items, each without itself; a hit counts when its exact score is among the k best, so
@@ -234,24 +221,27 @@ def measure_efforts(index: Any, embeddings: NDArray[np.float32]) -> tuple[Search
     random = np.random.default_rng(0)
     sample = random.choice(num_items, size=min(_NUM_SAMPLED, num_items), replace=False)
     queries = np.ascontiguousarray(embeddings[sample])  # [B, D]
-    efforts: list[SearchEffort] = []
+    settings: list[SearchSetting] = []
     nprobe = 1
     for wanted in MEASURED_KS:
         k = min(wanted, num_items - 1)
         if k < 1:
-            return (SearchEffort(k=wanted, nprobe=index.nlist, recall=1.0),)
+            return (SearchSetting(k=wanted, parameters=f"nprobe={index.nlist}", recall=1.0, latency_s=0.0),)
         exact_scores, exact_rows = faiss.knn(queries, embeddings, k + 1, metric=faiss.METRIC_INNER_PRODUCT)
         exact_scores = np.where(exact_rows == sample[:, None], -np.inf, exact_scores)  # [B, K + 1]
         kth_scores = -np.partition(-exact_scores, k - 1, axis=1)[:, k - 1]  # [B]
         while True:
             nprobe = min(nprobe, index.nlist)
-            _, rows = index.search(queries, k + 1, params=list_parameters(nprobe))  # [B, K + 1]
+            parameters = faiss.SearchParametersIVF(nprobe=nprobe)
+            start = time.perf_counter()
+            _, rows = index.search(queries, k + 1, params=parameters)  # [B, K + 1]
+            latency_s = (time.perf_counter() - start) / len(queries)
             recall = _recall(queries, embeddings, rows, sample, kth_scores, k)
             if recall >= TARGET_RECALL or nprobe == index.nlist:
                 break
             nprobe *= 2
-        efforts.append(SearchEffort(k=wanted, nprobe=nprobe, recall=recall))
-    return tuple(efforts)
+        settings.append(SearchSetting(k=wanted, parameters=f"nprobe={nprobe}", recall=recall, latency_s=latency_s))
+    return tuple(settings)
 
 
 def _recall(
@@ -302,13 +292,6 @@ def _in_order_of_hash(embedded: EmbeddedItems) -> tuple[EmbeddedItems, NDArray[n
     order = np.argsort(hashes, kind="stable")
     in_order = EmbeddedItems(embedded.items.take(pa.array(order)), embedded.embeddings[order], embedded.quarantined_ids)
     return in_order, hashes[order]
-
-
-def _arrow_file(items: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, items.schema) as writer:
-        writer.write_table(items.combine_chunks())
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def main(arguments: list[str]) -> int:

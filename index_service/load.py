@@ -17,8 +17,9 @@ from typing import IO
 import faiss
 import numpy as np
 
-from index_service.artefact import EXACT, FIRST_REVISION, ArtefactStore, checkpoint_fingerprint
+from index_service.artefact import FIRST_REVISION, ArtefactRef, ArtefactStore, checkpoint_fingerprint
 from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
+from index_service.plan import EXACT
 from index_service.shard import ShardIndex
 from towers.checkpoint import CheckpointStore, Manifest
 from towers.errors import CorruptArtefactError, TwoTowerError
@@ -122,8 +123,8 @@ class IndexLoader:
             raise CorruptCheckpointError(str(error)) from error
 
     def _read(self, checkpoint: Manifest, catalogue_version: str, revision: int) -> ShardIndex:
-        artefact = self._artefacts.get(checkpoint.version, catalogue_version, revision)
-        manifest = artefact.manifest
+        ref = ArtefactRef(checkpoint.version, catalogue_version, revision)
+        manifest = self._artefacts.manifest(ref)
         if manifest.checkpoint_fingerprint != checkpoint_fingerprint(checkpoint) or manifest.dim != checkpoint.dim:
             raise CorruptArtefactError(f"it was built from another checkpoint that was number {checkpoint.version} too")
         is_exact = manifest.num_items == 0 or manifest.num_items < self._exact_below
@@ -132,7 +133,7 @@ class IndexLoader:
                 f"it is {manifest.index_type}, which {manifest.num_items} items are not to be "
                 f"with exact_below = {self._exact_below}"
             )
-        index = ShardIndex(artefact)
+        index = ShardIndex(self._artefacts.get(ref))
         _warm_up(index)
         return index
 

@@ -13,12 +13,13 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from index_service.artefact import INDEX, ITEM_HASHES, ITEMS, Artefact, ArtefactManifest, SearchEffort
+from index_service.ann import AnnIndex
+from index_service.artefact import ArtefactManifest, LoadedArtefact
 from towers.catalogue import ITEM_ID
-from towers.errors import CorruptArtefactError, InvalidInputError
+from towers.errors import InvalidInputError
 
 _LARGEST_SQUARED_NORM = 1.01
-_NPROBE_GROWTH = 4
+_EFFORT_GROWTH = 4
 _NO_ROWS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
@@ -37,25 +38,13 @@ class Hits:
 class ShardIndex:
     """A loaded index. Never changes, so any number of threads may search it."""
 
-    def __init__(self, artefact: Artefact) -> None:
-        """Parses verified files.
-
-        Raises:
-            CorruptArtefactError: the files do not parse, or do not fit together.
-        """
+    def __init__(self, artefact: LoadedArtefact) -> None:
         self.manifest: ArtefactManifest = artefact.manifest
-        self.size_bytes = len(artefact.files[INDEX])
-        try:
-            self._index: Any = faiss.deserialize_index(np.frombuffer(artefact.files[INDEX], dtype=np.uint8))
-            items = pa.ipc.open_file(pa.BufferReader(artefact.files[ITEMS])).read_all().combine_chunks()
-            self._hashes = np.frombuffer(artefact.files[ITEM_HASHES], dtype="<u8")
-            ids = _contiguous(items.column(ITEM_ID)).cast(pa.large_binary())
-        except (RuntimeError, ValueError, KeyError, pa.ArrowException) as error:
-            raise CorruptArtefactError(f"the stored index of {self} does not load: {error}") from error
-        shape = (self._index.ntotal, self._index.d, self._index.metric_type, len(ids), len(self._hashes))
-        num_items = self.manifest.num_items
-        if shape != (num_items, self.manifest.dim, faiss.METRIC_INNER_PRODUCT, num_items, num_items):
-            raise CorruptArtefactError(f"the stored index of {self}: its files do not fit together: {shape}")
+        self.ann: AnnIndex = artefact.ann
+        self.size_bytes: int = self.ann.size_bytes + artefact.items.nbytes + artefact.item_hashes.nbytes
+        self._hashes = artefact.item_hashes
+        items, num_items = artefact.items, artefact.manifest.num_items
+        ids = _contiguous(items.column(ITEM_ID)).cast(pa.large_binary())
         # Plain buffers and not one object an item: a load must not hold the interpreter from the searches beside it.
         _, offsets, utf8 = ids.buffers()
         self._id_offsets = (
@@ -117,14 +106,10 @@ class ShardIndex:
         if num_wanted < 1 or num_queries == 0:
             return Hits(np.zeros(num_queries, dtype=np.int64), np.empty(0, dtype=np.float32), _NO_ROWS)
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-        # The parameters hold only a pointer to the selectors: `excluded` and `allowed` must outlive the search.
+        # FAISS holds only a pointer to the selectors: `excluded` and `allowed` must outlive the search.
         excluded = faiss.IDSelectorBatch(excluded_rows) if len(excluded_rows) else None
         allowed = faiss.IDSelectorNot(excluded) if excluded is not None else None
-        if not self.manifest.search_efforts:
-            parameters = faiss.SearchParameters(sel=allowed) if allowed is not None else None  # type: ignore[call-arg]
-            scores, rows = self._index.search(embeddings, num_wanted, params=parameters)  # [B, K], [B, K]
-        else:
-            scores, rows = self._search_lists(embeddings, num_wanted, allowed)  # [B, K], [B, K]
+        scores, rows = self._search_wider(embeddings, num_wanted, allowed)  # [B, K], [B, K]
         is_hit = rows >= 0  # [B, K]
         return Hits(is_hit.sum(axis=1), scores[is_hit], rows[is_hit])
 
@@ -165,42 +150,21 @@ class ShardIndex:
     def _utf8_id(self, row: int) -> bytes:
         return self._id_utf8[self._id_offsets[row] : self._id_offsets[row + 1]]
 
-    def _search_lists(
+    def _search_wider(
         self, embeddings: NDArray[np.float32], k: int, allowed: Any
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Searches an IVF index, and once more with more lists for the queries that came back short."""
-        nprobe = _nprobe(self.manifest.search_efforts, k, self._index.nlist)
-        scores, rows = self._index.search(embeddings, k, params=list_parameters(nprobe, allowed))  # [B, K], [B, K]
-        while nprobe < self._index.nlist:
+        """Searches, and once more with more effort for the queries that came back short."""
+        effort_k = k
+        scores, rows = self.ann.search(embeddings, k, effort_k, allowed)  # [B, K], [B, K]
+        while effort_k < self.ann.widest_k:
             is_short = rows[:, -1] < 0  # [B]
             if not is_short.any():
                 break
-            nprobe = min(nprobe * _NPROBE_GROWTH, self._index.nlist)
-            scores[is_short], rows[is_short] = self._index.search(
-                np.ascontiguousarray(embeddings[is_short]), k, params=list_parameters(nprobe, allowed)
+            effort_k *= _EFFORT_GROWTH
+            scores[is_short], rows[is_short] = self.ann.search(
+                np.ascontiguousarray(embeddings[is_short]), k, effort_k, allowed
             )
         return scores, rows
-
-
-def _nprobe(efforts: Sequence[SearchEffort], k: int, nlist: int) -> int:
-    """The measured effort for k; beyond the largest k measured it grows with k."""
-    for effort in efforts:
-        if k <= effort.k:
-            return effort.nprobe
-    largest = efforts[-1]
-    return min(nlist, -(-largest.nprobe * k // largest.k))
-
-
-def list_parameters(nprobe: int, allowed: Any = None) -> Any:
-    """Parameters of a search through an IVF index.
-
-    Args:
-        nprobe: Lists to probe.
-        allowed: FAISS selector of the rows that may be returned; the caller keeps it alive.
-    """
-    if allowed is None:
-        return faiss.SearchParametersIVF(nprobe=nprobe)  # type: ignore[call-arg]
-    return faiss.SearchParametersIVF(nprobe=nprobe, sel=allowed)  # type: ignore[call-arg]
 
 
 def _contiguous(column: pa.ChunkedArray) -> pa.Array:

@@ -78,7 +78,7 @@ class Store:
         self.url = os.fspath(folder)
         self._objects = LocalStore(folder)
 
-    def put_new(self, path: str, content: bytes) -> None:
+    def put_new(self, path: str, content: bytes | memoryview) -> None:
         """Writes an object, atomically, unless it exists.
 
         Raises:
@@ -100,6 +100,15 @@ class Store:
         """
         with _translated(path):
             return obstore.get(self._objects, path).bytes().to_bytes()
+
+    def get_range(self, path: str, start: int, length: int) -> bytes:
+        """Reads a part of an object; less than asked for where the object ends before, which its reader must notice.
+
+        Raises:
+            NotFoundError: there is no such object.
+        """
+        with _translated(path):
+            return obstore.get_range(self._objects, path, start=start, length=length).to_bytes()
 
     def files(self, prefix: str) -> dict[str, int]:
         """Paths of all objects below a prefix, with their sizes in bytes."""

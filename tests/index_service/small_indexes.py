@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from index_service.artefact import Artefact
+from index_service.artefact import LoadedArtefact
 from index_service.build import EmbeddedItems, artefact_of
 from index_service.order import BuildOrder
 from index_service.shard import ShardIndex
@@ -36,7 +36,7 @@ def small_artefact(
     catalogue_version: str = "0.1",
     revision: int = 1,
     attributes: dict[str, Any] | None = None,
-) -> Artefact:
+) -> LoadedArtefact:
     order = BuildOrder(
         store="",
         shard=0,

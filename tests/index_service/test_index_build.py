@@ -15,7 +15,7 @@ from shard_process import PATIENCE_S, until
 from small_indexes import ids_of
 from toy_checkpoint import TOY_FEATURES, toy_items, toy_model
 
-from index_service.artefact import ArtefactStore
+from index_service.artefact import ArtefactRef, ArtefactStore
 from index_service.build import build
 from index_service.order import BuildOrder, CorruptCheckpointError
 from index_service.shard import ShardIndex
@@ -32,7 +32,7 @@ def order_of(world, **how):
 
 def loaded(world, order):
     artefacts = ArtefactStore(world.store, order.shard, order.num_shards)
-    return ShardIndex(artefacts.get(order.checkpoint_version, order.catalogue_version, order.revision))
+    return ShardIndex(artefacts.get(ArtefactRef(order.checkpoint_version, order.catalogue_version, order.revision)))
 
 
 def test_shards_hold_all_items_once_with_the_embeddings_of_the_tower(world):

@@ -10,7 +10,7 @@ from shard_process import children_of
 from small_indexes import ids_of
 from toy_checkpoint import toy_items, toy_model
 
-from index_service.artefact import INDEX, ArtefactStore
+from index_service.artefact import VECTORS, ArtefactStore
 from index_service.load import IndexLoader
 from index_service.order import CorruptCheckpointError
 from towers.catalogue import shard_of
@@ -52,7 +52,7 @@ def test_a_stored_index_that_cannot_be_trusted_is_refused_and_replaced(world, da
     world.publish(model)
     world.build(1, catalogue_version)
     exact_below = 20_000
-    (path,) = [path for path in world.store.files("indexes") if path.endswith(f"/{INDEX}")]
+    (path,) = [path for path in world.store.files("indexes") if path.endswith(f"/{VECTORS}")]
     if damage == "bit":
         content = bytearray(world.store.get(path))
         content[-7] ^= 4

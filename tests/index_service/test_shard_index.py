@@ -3,6 +3,7 @@
 import datetime as dt
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -12,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_indexes import check_bad_searches_are_refused, ids_of, small_artefact, small_index, unit_vectors
 
-from index_service.artefact import INDEX, ITEM_HASHES, ITEMS, Artefact
+from index_service.ann import parsed_parameters
 from index_service.shard import ShardIndex
-from towers.errors import CorruptArtefactError, InvalidInputError
+from towers.errors import InvalidInputError
 
 
 def exact_ids(items, query, k, excluded=()):
@@ -60,10 +61,10 @@ def test_ivf_reaches_the_recall_that_its_manifest_states():
     items = unit_vectors(6000, 32, seed=5, num_clusters=60)
     index = small_index(items, exact_below=1000)
     assert index.manifest.index_type == "IVF153,SQ8"  # 6000 / 39, below 4 * sqrt(6000)
-    assert index._index.nlist == 153
-    for effort in index.manifest.search_efforts:
-        assert effort.recall >= 0.95
-        k = effort.k
+    assert index.ann.base.nlist == 153
+    for setting in index.ann.settings:
+        assert setting.recall >= 0.95
+        k = setting.k
         hits = index.search(items[:30], k)
         assert hits.counts.tolist() == [k] * 30
         num_right = sum(
@@ -71,7 +72,7 @@ def test_ivf_reaches_the_recall_that_its_manifest_states():
             for i in range(30)
         )
         assert num_right / (30 * k) >= 0.93  # A sample of its own, so a little less than measured is fair.
-    assert index.manifest.search_efforts[0].nprobe < 153
+    assert parsed_parameters(index.ann.settings[0].parameters)["nprobe"] < 153
     for scores in index.search(unit_vectors(50, 32, seed=6), 100).scores.reshape(50, 100):
         assert (np.diff(scores) <= 0).all()
 
@@ -101,7 +102,7 @@ def test_vectors_that_eight_bits_cannot_tell_apart_are_stored_whole():
     items = np.concatenate([unit_vectors(1000, 8, seed=10), alike])
     index = small_index(items, exact_below=10)
     assert index.manifest.index_type == "IVF51,Flat"
-    assert all(effort.recall >= 0.95 for effort in index.manifest.search_efforts)
+    assert all(setting.recall >= 0.95 for setting in index.ann.settings)
 
 
 @pytest.mark.parametrize("num_items", [1, 2, 40])
@@ -131,8 +132,7 @@ def test_any_id_comes_back_exactly(item_ids):
 
 def test_ids_whose_hashes_collide_are_told_apart():
     artefact = small_artefact(unit_vectors(5, 4))
-    some_hash = artefact.files[ITEM_HASHES][16:24]
-    index = ShardIndex(Artefact(artefact.manifest, {**artefact.files, ITEM_HASHES: some_hash * 5}))
+    index = ShardIndex(replace(artefact, item_hashes=artefact.item_hashes[[2] * 5]))
     wanted = ids_of(index, np.array([2]))
     assert [index.rows_of([item_id]).tolist() for item_id in wanted] == [[2]]
     assert index.rows_of(["absent"]).tolist() == []
@@ -179,12 +179,3 @@ def test_bad_searches_are_refused_without_assertions():
         check=False,
     )
     assert run.stdout == "refused False\n", run.stderr
-
-
-@pytest.mark.parametrize("file", [INDEX, ITEMS, ITEM_HASHES])
-def test_files_that_do_not_fit_together_are_refused(file):
-    one, other = small_artefact(unit_vectors(10, 8)), small_artefact(unit_vectors(11, 8))
-    with pytest.raises(CorruptArtefactError, match="do not fit together"):
-        ShardIndex(Artefact(one.manifest, {**one.files, file: other.files[file]}))
-    with pytest.raises(CorruptArtefactError, match=r"does not load|do not fit together"):
-        ShardIndex(Artefact(one.manifest, {**one.files, file: b"12345678"}))
