@@ -24,6 +24,10 @@ class Deadline:
         """Seconds left; negative when it has passed."""
         return self.at_s - time.monotonic()
 
+    def share(self, share: float) -> "Deadline":
+        """An earlier one, after a share of the time that is left."""
+        return Deadline.after(share * self.remaining_s())
+
     def require_time(self) -> None:
         """Ends the work when nobody waits for it any more.
 

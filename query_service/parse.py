@@ -6,7 +6,7 @@ Deliberately does not know which version answers, nor what the arrays are for.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from retrieval.feature.v1 import feature_pb2
+from retrieval.feature.v1 import feature_pb2, filter_pb2
 from retrieval.query.v1 import query_service_pb2
 
 from query_service.versions import Pin
@@ -24,6 +24,7 @@ class Limits:
     max_k: int
     max_batch_size: int
     num_shards: int
+    """Of the largest layout."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Question:
     num_shards_needed: int
     """At least 1."""
     attribute_names: Sequence[str]
+    filter: filter_pb2.Filter | None
+    """Which items may be returned; None: all. The shards know what it means."""
 
 
 def question_of(
@@ -64,6 +67,7 @@ def question_of(
         excluded_item_ids=request.excluded_item_ids,
         num_shards_needed=max(1, request.min_shards),
         attribute_names=request.attribute_names,
+        filter=request.filter if request.HasField("filter") else None,
     )
 
 

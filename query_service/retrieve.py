@@ -59,7 +59,7 @@ class Retriever:
             # A shard follows a newer record than this replica.
             await self._versions.refresh(deadline)
             newer = self._versions.pin()
-            if newer.version != pin.version:
+            if newer.place != pin.place:
                 pin = newer
                 embedded, outcome = await self._search(question, pin, deadline)
         outcome.require(question.num_shards_needed)
@@ -95,6 +95,8 @@ class Retriever:
             k=question.k,
             excluded_item_ids=question.excluded_item_ids,
             attribute_names=question.attribute_names,
+            filter=question.filter,
+            num_shards=pin.num_shards,
         )
         return embedded, await self._shards.search(search, question.num_shards_needed, deadline)
 

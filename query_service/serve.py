@@ -41,11 +41,12 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
     Raises:
         InvalidInputError: the store cannot be opened, or the address cannot be bound.
     """
-    versions = Versions(Store(settings.store), settings.poll_interval_s)
+    store = Store(settings.store)
+    shards = Shards(settings.shards)
+    versions = Versions(store, settings.poll_interval_s, shards.num_shards)
     cache = EmbeddingCache(settings.redis_url, settings.cache_ttl_s, settings.cache_timeout_s)
     offload = Offload()
-    shards = Shards(settings.shards)
-    limits = Limits(settings.max_k, settings.max_batch_size, len(settings.shards))
+    limits = Limits(settings.max_k, settings.max_batch_size, max(shards.num_shards))
     retriever = Retriever(versions, Embedder(cache, offload), shards, offload, limits)
     server = RpcServer(
         settings.address,

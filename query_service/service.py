@@ -68,12 +68,11 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         context: _Context,  # noqa: ARG002
     ) -> query_service_pb2.GetStatusResponse:
         """Returns the versions this replica serves, its shards and its cache."""
-        live_version = self._versions.live_version
-        others = (version for version in self._versions.deployment.versions if version != live_version)
+        standby = self._versions.standby
         return query_service_pb2.GetStatusResponse(
             deployment_revision=self._versions.deployment.revision,
-            live_version=live_version or 0,
-            standby_version=next(others, 0),
+            live_version=self._versions.live_version or 0,
+            standby_version=standby.version if standby else 0,
             towers=[
                 query_service_pb2.TowerStatus(
                     checkpoint_version=status.version,
@@ -85,10 +84,13 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
                 for status in self._versions.statuses()
             ],
             shards=[
-                query_service_pb2.ShardConnection(shard=shard, address=address, reachable=is_reachable)
-                for shard, (address, is_reachable) in enumerate(
-                    zip(self._shards.addresses, self._shards.reachable, strict=True)
+                query_service_pb2.ShardConnection(
+                    shard=connection.shard,
+                    address=connection.address,
+                    reachable=connection.is_reachable,
+                    num_shards=connection.num_shards,
                 )
+                for connection in self._shards.connections()
             ],
             cache=query_service_pb2.CacheStatus(
                 enabled=self._cache.is_enabled,

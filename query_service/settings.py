@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from towers.settings import PREFIX, Address, Addresses, invalid_settings
+from towers.settings import PREFIX, Address, Layouts, invalid_settings
 
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
@@ -22,8 +22,8 @@ class QuerySettings(BaseSettings):
     """The object store: a folder, or `s3://…`, `gs://…`, `az://…`."""
     address: Address = "127.0.0.1:50051"
     """Where the service listens: `host:port`, port 0 for any free one, or `unix:/path`."""
-    shards: Addresses
-    """Addresses of the index shards, `host:port,host:port`; the position is the number of the shard."""
+    shards: Layouts
+    """Addresses of the index shards, `a:1|a:2,b:1`: `,` between shards, `|` between replicas; `;` between layouts."""
     redis_url: str = Field(default="", validation_alias=AliasChoices(f"{PREFIX}REDIS_URL", "REDIS_URL"), repr=False)
     """The embedding cache; empty: no cache."""
     cache_ttl_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)

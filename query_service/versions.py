@@ -7,8 +7,9 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple, TypeGuard
 
 from query_service.deadline import Deadline
 from towers.checkpoint import TOWER_FILES, CheckpointStore
@@ -24,6 +25,13 @@ _LONGEST_PAUSE_S = 30.0
 _log = logging.getLogger(__name__)
 
 
+class Place(NamedTuple):
+    """A version on a layout: the same version may answer from two while a catalogue is re-sharded."""
+
+    version: int
+    num_shards: int
+
+
 @dataclass(frozen=True)
 class Pin:
     """One version, for encode, cache key and fan-out of one request.
@@ -36,8 +44,15 @@ class Pin:
     tower: Tower
     fingerprint: bytes
     """sha256 of the tower's file: two checkpoints with the same number, of two stores, differ."""
-    tolerated_features: frozenset[str] = frozenset()
+    num_shards: int
+    """The layout whose shards answer."""
+    tolerated_features: frozenset[str]
     """Features that this version does not know and another loaded one does."""
+
+    @property
+    def place(self) -> Place:
+        """The version on its layout."""
+        return Place(self.version, self.num_shards)
 
 
 class TowerState(Enum):
@@ -61,10 +76,16 @@ class TowerStatus:
     golden_difference: float
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    tower: Tower
+    fingerprint: bytes
+
+
 @dataclass
 class _Slot:
     version: int
-    pin: Pin | None = None
+    loaded: _Loaded | None = None
     failure: str = ""
     is_corrupt: bool = False
     loading: asyncio.Task[None] | None = field(default=None, repr=False)
@@ -73,22 +94,25 @@ class _Slot:
 class Versions:
     """Follows the deployment record.
 
-    1. A pin is of the newest record's live version if its tower is loaded, else of the version adopted before.
+    1. A pin is of the newest record's live version, on its layout, if its tower is loaded and its layout is known, else
+       of what was adopted before.
     2. Versions that the record names are loaded, and tried again with growing pauses when they fail.
     3. Other versions are unloaded, save the adopted one.
     4. A store or record that cannot be read changes nothing.
     """
 
-    def __init__(self, store: Store, poll_interval_s: float) -> None:
+    def __init__(self, store: Store, poll_interval_s: float, layouts: Sequence[int]) -> None:
         """Nothing is read before `follow`.
 
         Args:
             store: Where records and checkpoints are.
             poll_interval_s: Pause between two looks at the record.
+            layouts: The number of shards of each layout; a record that names none means the first.
         """
         self._deployments = DeploymentStore(store)
         self._checkpoints = CheckpointStore(store)
         self._poll_interval_s = poll_interval_s
+        self._layouts = tuple(layouts)
         self._slots: dict[int, _Slot] = {}
         self._adopted: Pin | None = None
         self._problem = ""
@@ -96,6 +120,12 @@ class Versions:
         self._askers: list[asyncio.Future[None]] = []
         self.deployment = NO_DEPLOYMENT
         """The newest record seen."""
+        self.standby: Place | None = None
+        """The record's other version, loaded or not; None when there is none beside the one that answers."""
+        self.standby_pin: Pin | None = None
+        """The same, where it can answer here: its tower is loaded and this service knows its layout."""
+        self.canary_share = 0.0
+        """Share of the requests that the standby version is to answer; 0 when there is none."""
         self.ready = asyncio.Event()
         """Set once a version answers."""
 
@@ -130,7 +160,7 @@ class Versions:
 
     def statuses(self) -> list[TowerStatus]:
         """All towers, by version."""
-        return [_status(slot) for _, slot in sorted(self._slots.items())]
+        return [self._status(slot) for _, slot in sorted(self._slots.items())]
 
     async def follow(self) -> None:
         """Reads the record, again and again, until cancelled. The only reader, however many requests ask."""
@@ -175,32 +205,62 @@ class Versions:
 
     def _settle(self) -> None:
         """Adopts, loads and unloads as the record says."""
-        live = self._slots.get(self.deployment.live_version or 0)
-        if live and live.pin and self.live_version != live.version:
-            self._adopted = live.pin
-            self.ready.set()
-            _log.info("version %d answers (deployment revision %d)", live.version, self.deployment.revision)
-        wanted = {*self.deployment.versions, self.live_version}
+        record = self.deployment
+        live, standby = self._places()
+        answering = self._adopted.place if self._adopted else None
+        if live != answering and self._can_answer(live):
+            _log.info("version %d answers from %d shards (deployment revision %d)", *live, record.revision)
+            answering = live
+        wanted = {*record.versions, answering.version if answering else None}
         for version in [version for version in self._slots if version not in wanted]:
             slot = self._slots.pop(version)
             if slot.loading:
                 slot.loading.cancel()
             _log.info("version %d is unloaded", version)
-        for version in self.deployment.versions:
+        for version in record.versions:
             if version not in self._slots:
                 slot = self._slots[version] = _Slot(version)
                 slot.loading = asyncio.create_task(self._load_until_available(slot))
-        if self._adopted:
-            known = {feature.name for feature in self._adopted.tower.encoder.features}
-            others = (slot.pin.tower.encoder.features for slot in self._slots.values() if slot.pin)
-            tolerated = frozenset(feature.name for features in others for feature in features) - known
-            self._adopted = replace(self._adopted, tolerated_features=tolerated)
+        self.standby = standby if standby != answering else None
+        self.standby_pin = self._pin_at(self.standby) if self._can_answer(self.standby) else None
+        self.canary_share = record.canary_share if self.standby else 0.0
+        if answering:
+            self._adopted = self._pin_at(answering)
+            self.ready.set()
+
+    def _places(self) -> list[Place | None]:
+        """Where the record's live and standby versions are to answer."""
+        record = self.deployment
+        slots = ((record.live_version, record.live_num_shards), (record.standby_version, record.standby_num_shards))
+        return [
+            Place(version, num_shards or self._layouts[0]) if version is not None else None
+            for version, num_shards in slots
+        ]
+
+    def _can_answer(self, place: Place | None) -> TypeGuard[Place]:
+        """Whether the version is loaded and this service knows the layout."""
+        slot = self._slots.get(place.version) if place else None
+        return place is not None and slot is not None and slot.loaded is not None and place.num_shards in self._layouts
+
+    def _pin_at(self, place: Place) -> Pin:
+        all_loaded = {version: slot.loaded for version, slot in self._slots.items() if slot.loaded}
+        known = {
+            version: {feature.name for feature in loaded.tower.encoder.features}
+            for version, loaded in all_loaded.items()
+        }
+        return Pin(
+            version=place.version,
+            tower=all_loaded[place.version].tower,
+            fingerprint=all_loaded[place.version].fingerprint,
+            num_shards=place.num_shards,
+            tolerated_features=frozenset().union(*known.values()) - known[place.version],
+        )
 
     async def _load_until_available(self, slot: _Slot) -> None:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                slot.pin = await asyncio.to_thread(self._load, slot.version)
+                slot.loaded = await asyncio.to_thread(self._load, slot.version)
             except TwoTowerError as error:
                 if str(error) != slot.failure:
                     _log.warning("version %d is refused, and tried again: %s", slot.version, error)
@@ -216,22 +276,26 @@ class Versions:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _load(self, version: int) -> Pin:
+    def _load(self, version: int) -> _Loaded:
         files = self._checkpoints.load(version, "query")
-        fingerprint = bytes.fromhex(files.manifest.files[TOWER_FILES["query"]].sha256)
-        return Pin(version, Tower(files), fingerprint)
+        return _Loaded(Tower(files), bytes.fromhex(files.manifest.files[TOWER_FILES["query"]].sha256))
 
     def _why_not_ready(self) -> str:
         if self._problem:
             return self._problem
-        if self.deployment.live_version is None:
+        live, _ = self._places()
+        if live is None:
             return "no version is live; see twotower status"
-        slot = self._slots[self.deployment.live_version]
-        return f"version {slot.version}: {slot.failure}" if slot.failure else f"version {slot.version} is loading"
+        status = self._status(self._slots[live.version])
+        return f"version {live.version}: {status.reason}" if status.reason else f"version {live.version} is loading"
 
-
-def _status(slot: _Slot) -> TowerStatus:
-    if slot.pin:
-        return TowerStatus(slot.version, TowerState.AVAILABLE, "", False, slot.pin.tower.golden_difference)
-    state = TowerState.FAILED if slot.failure else TowerState.LOADING
-    return TowerStatus(slot.version, state, slot.failure, slot.is_corrupt, 0.0)
+    def _status(self, slot: _Slot) -> TowerStatus:
+        if slot.loaded is None:
+            state = TowerState.FAILED if slot.failure else TowerState.LOADING
+            return TowerStatus(slot.version, state, slot.failure, slot.is_corrupt, 0.0)
+        golden_difference = slot.loaded.tower.golden_difference
+        for place in self._places():
+            if place and place.version == slot.version and not self._can_answer(place):
+                reason = f"there is no layout of {place.num_shards} shards here; add it to TWOTOWER_SHARDS"
+                return TowerStatus(slot.version, TowerState.FAILED, reason, False, golden_difference)
+        return TowerStatus(slot.version, TowerState.AVAILABLE, "", False, golden_difference)

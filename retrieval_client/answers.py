@@ -72,12 +72,14 @@ class TowerStatus:
 
 @dataclass(frozen=True)
 class ShardConnection:
-    """One shard as a replica sees it."""
+    """One replica of a shard as the query service sees it."""
 
     shard: int
     address: str
     reachable: bool
-    """Whether the last call succeeded; True before the first."""
+    """Whether its last call was answered; True before the first."""
+    num_shards: int
+    """Number of shards of the layout that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,9 @@ def status_of(response: query_service_pb2.GetStatusResponse) -> ServiceStatus:
             )
             for tower in response.towers
         ),
-        shards=tuple(ShardConnection(shard.shard, shard.address, shard.reachable) for shard in response.shards),
+        shards=tuple(
+            ShardConnection(shard.shard, shard.address, shard.reachable, shard.num_shards) for shard in response.shards
+        ),
         cache=CacheStatus(cache.enabled, cache.reachable, cache.hits, cache.misses, cache.errors),
         features=tuple(QueryFeature(feature.name, feature.kind) for feature in response.features),
     )

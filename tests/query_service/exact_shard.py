@@ -34,6 +34,7 @@ class ExactShard(index_service_pb2_grpc.IndexServiceServicer):
         """Changes answers before they leave."""
         self.before_search: Callable[[], None] = lambda: None
         self.num_calls = 0
+        self.last_request = index_service_pb2.SearchRequest()
         self.num_cancelled = 0
         self.port = 0
         self._place = (shard, num_shards)
@@ -69,6 +70,7 @@ class ExactShard(index_service_pb2_grpc.IndexServiceServicer):
         self, request: index_service_pb2.SearchRequest, context: Context
     ) -> index_service_pb2.SearchResponse:
         self.num_calls += 1
+        self.last_request = request
         self.before_search()
         try:
             await asyncio.sleep(self.delay_s)

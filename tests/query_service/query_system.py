@@ -37,12 +37,12 @@ class World:
     def publish(self, model: ToyModel) -> int:
         return CheckpointStore(self.store).publish(model.draft()).version
 
-    def deploy(self, live: int, standby: int | None = None) -> Deployment:
+    def deploy(self, live: int, standby: int | None = None, **changes: Any) -> Deployment:
         """Writes the next record."""
         records = DeploymentStore(self.store)
         current = records.current()
-        changed = current.model_copy(update={"revision": current.revision + 1, "live_version": live})
-        deployment = changed.model_copy(update={"standby_version": standby})
+        update = {"revision": current.revision + 1, "live_version": live, "standby_version": standby, **changes}
+        deployment = current.model_copy(update=update)
         records.write(deployment)
         return deployment
 
@@ -58,6 +58,7 @@ class System:
 
     stub: Any
     shards: Sequence[ExactShard]
+    """All replicas of all shards of all layouts."""
     address: str
 
     async def retrieve(self, features: Mapping[str, Any], *, timeout: float = PATIENCE_S, **fields: Any) -> Any:
@@ -78,24 +79,39 @@ class System:
 
 @asynccontextmanager
 async def running(
-    world: World, models: Mapping[int, ToyModel], *, shard_order: Sequence[int] = (0, 1), **settings: Any
+    world: World,
+    models: Mapping[int, ToyModel],
+    *,
+    layouts: Sequence[int] = (2,),
+    replicas: int = 1,
+    shard_order: Sequence[int] = (),
+    **settings: Any,
 ) -> AsyncIterator[System]:
     """Shards, the query service and a channel; ends them all and checks that no task is left.
 
     Args:
         world: The store.
         models: What the shards hold.
-        shard_order: In which the query service is told the addresses of the shards.
+        layouts: The number of shards of each layout.
+        replicas: Of each shard.
+        shard_order: In which the query service is told the shards, where it is not the right one.
         settings: Of the query service.
     """
     before = asyncio.all_tasks()
     async with AsyncExitStack() as stack:
-        shards = [ExactShard(shard, len(shard_order), models) for shard in range(len(shard_order))]
-        for shard in shards:
-            await stack.enter_async_context(shard)
+        shards: list[ExactShard] = []
+        addresses: list[list[list[str]]] = []
+        for num_shards in layouts:
+            addresses.append([[] for _ in range(num_shards)])
+            for shard in range(num_shards):
+                for _ in range(replicas):
+                    shards.append(await stack.enter_async_context(ExactShard(shard, num_shards, models)))
+                    addresses[-1][shard].append(shards[-1].address)
+        if shard_order:
+            addresses = [[layout[number] for number in shard_order] for layout in addresses]
         defaults = {
             "store": world.store.url,
-            "shards": [shards[number].address for number in shard_order],
+            "shards": addresses,
             "address": "127.0.0.1:0",
             "redis_url": "",
             "poll_interval_s": 0.02,

@@ -20,7 +20,7 @@ def _empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {
         "STORE": "s3://bucket/prefix",
-        "SHARDS": " one:50061, [::1]:50062 ,unix:/run/shard",
+        "SHARDS": " one:50061, [::1]:50062 | two:50062 ,unix:/run/shard",
         "ADDRESS": "0.0.0.0:50051",
         "CACHE_TIMEOUT_S": "0.05",
         "MAX_K": "50",
@@ -30,7 +30,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"TWOTOWER_{name}", value)
     settings = QuerySettings()
     assert settings.store == "s3://bucket/prefix"
-    assert settings.shards == ("one:50061", "[::1]:50062", "unix:/run/shard")
+    assert settings.shards == ((("one:50061",), ("[::1]:50062", "two:50062"), ("unix:/run/shard",)),)
     assert settings.address == "0.0.0.0:50051"
     assert (settings.cache_timeout_s, settings.max_k, settings.reflection) == (0.05, 50, True)
 
@@ -40,7 +40,7 @@ def test_arguments_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(f"TWOTOWER_{name}", value)
     monkeypatch.setenv("REDIS_URL", "redis://third")
     settings = QuerySettings(**RIGHT, redis_url="redis://mine", max_k=6)
-    assert (settings.store, settings.shards, settings.max_k) == ("var/store", ("a:1", "b:2"), 6)
+    assert (settings.store, settings.shards, settings.max_k) == ("var/store", ((("a:1",), ("b:2",)),), 6)
     assert settings.redis_url == "redis://mine"
     assert QuerySettings(**RIGHT, redis_url="").redis_url == "", "turned off"
 

@@ -205,8 +205,9 @@ def test_the_status_tells_versions_shards_cache_and_features(world: World, model
             assert (status.deployment_revision, status.live_version, status.standby_version) == (1, 1, 2)
             assert [tower.checkpoint_version for tower in status.towers] == [1, 2]
             assert all(0 < tower.golden_difference < 1e-5 for tower in status.towers)
-            expected = [(shard, system.shards[shard].address, True) for shard in (0, 1)]
-            assert [(shard.shard, shard.address, shard.reachable) for shard in status.shards] == expected
+            expected = [(2, shard, system.shards[shard].address, True) for shard in (0, 1)]
+            seen = [(shard.num_shards, shard.shard, shard.address, shard.reachable) for shard in status.shards]
+            assert seen == expected
             assert not status.cache.enabled
             features = [(feature.name, feature.kind) for feature in status.features]
             assert features == [("user_id", "categorical"), ("history", "sequence")]
@@ -217,7 +218,7 @@ def test_the_status_tells_versions_shards_cache_and_features(world: World, model
 def test_a_deadline_that_has_passed_starts_no_work(world: World, models: dict[int, ToyModel]) -> None:
     async def check() -> None:
         async with ExactShard(0, 1, models) as shard:
-            versions, shards, offload = Versions(world.store, 0.02), Shards([shard.address]), Offload()
+            versions, shards, offload = Versions(world.store, 0.02, [1]), Shards([((shard.address,),)]), Offload()
             embedder = Embedder(EmbeddingCache("", ttl_s=1, timeout_s=1), offload)
             retriever = Retriever(versions, embedder, shards, offload, Limits(10, 10, 1))
             following = asyncio.create_task(versions.follow())

@@ -30,7 +30,7 @@ NEVER_S = 600.0
 
 @asynccontextmanager
 async def following(world: World, poll_interval_s: float = 0.02) -> AsyncIterator[Versions]:
-    versions = Versions(world.store, poll_interval_s)
+    versions = Versions(world.store, poll_interval_s, [2])
     task = asyncio.create_task(versions.follow())
     try:
         yield versions

@@ -130,7 +130,7 @@ def test_the_status_is_typed(call: Callable[..., Any]) -> None:
                 checkpoint_version=3, state=query_service_pb2.TOWER_STATE_FAILED, reason="torn", is_corrupt=True
             ),
         ],
-        shards=[query_service_pb2.ShardConnection(shard=0, address="host:1", reachable=True)],
+        shards=[query_service_pb2.ShardConnection(shard=0, address="host:1", reachable=True, num_shards=2)],
         cache=query_service_pb2.CacheStatus(enabled=True, reachable=False, hits=1, misses=2, errors=3),
         features=[query_service_pb2.QueryFeature(name="user_id", kind="categorical")],
     )
@@ -139,7 +139,7 @@ def test_the_status_is_typed(call: Callable[..., Any]) -> None:
         live_version=2,
         standby_version=None,
         towers=(TowerStatus(2, "available", "", False, 0.5), TowerStatus(3, "failed", "torn", True, 0.0)),
-        shards=(ShardConnection(0, "host:1", True),),
+        shards=(ShardConnection(0, "host:1", True, 2),),
         cache=CacheStatus(enabled=True, reachable=False, hits=1, misses=2, errors=3),
         features=(QueryFeature("user_id", "categorical"),),
     )

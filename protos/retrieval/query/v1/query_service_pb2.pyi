@@ -109,7 +109,9 @@ class RetrieveRequest(_message.Message):
     k: _builtins.int
     """How many items to return, at least 1."""
     min_shards: _builtins.int
-    """Fail with UNAVAILABLE when fewer shards than this answer; 0 means 1."""
+    """Fail with UNAVAILABLE when fewer shards than this answer; 0 means 1. Where the catalogue has fewer,
+    all of them.
+    """
     @_builtins.property
     def query(self) -> Global___Query:
         """The query."""
@@ -163,7 +165,7 @@ class RetrieveResponse(_message.Message):
     shards_answered: _builtins.int
     """Shards whose items were searched."""
     shards_total: _builtins.int
-    """Shards of the catalogue."""
+    """Shards of the catalogue, in the layout that answered."""
     embedding_cached: _builtins.bool
     """Whether the query's embedding came from the cache."""
     @_builtins.property
@@ -217,7 +219,9 @@ class BatchRetrieveRequest(_message.Message):
     k: _builtins.int
     """How many items to return for each query, at least 1."""
     min_shards: _builtins.int
-    """Fail with UNAVAILABLE when fewer shards than this answer; 0 means 1."""
+    """Fail with UNAVAILABLE when fewer shards than this answer; 0 means 1. Where the catalogue has fewer,
+    all of them.
+    """
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Query]:
         """The queries."""
@@ -374,7 +378,7 @@ class GetStatusResponse(_message.Message):
 
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardConnection]:
-        """The shards, in order."""
+        """Every replica of every shard of every layout, in order."""
 
     @_builtins.property
     def cache(self) -> Global___CacheStatus:
@@ -478,6 +482,7 @@ class VersionTraffic(_message.Message):
     NUM_ERRORS_FIELD_NUMBER: _builtins.int
     P50_S_FIELD_NUMBER: _builtins.int
     P99_S_FIELD_NUMBER: _builtins.int
+    NUM_SHARDS_FIELD_NUMBER: _builtins.int
     checkpoint_version: _builtins.int
     """The checkpoint version."""
     num_requests: _builtins.int
@@ -488,6 +493,8 @@ class VersionTraffic(_message.Message):
     """Median seconds of a request."""
     p99_s: _builtins.float
     """99th percentile."""
+    num_shards: _builtins.int
+    """Number of shards of the layout that answered: while a catalogue is re-sharded, one version has two."""
     def __init__(
         self,
         *,
@@ -496,10 +503,11 @@ class VersionTraffic(_message.Message):
         num_errors: _builtins.int = ...,
         p50_s: _builtins.float = ...,
         p99_s: _builtins.float = ...,
+        num_shards: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "num_errors", b"num_errors", "num_requests", b"num_requests", "p50_s", b"p50_s", "p99_s", b"p99_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "num_errors", b"num_errors", "num_requests", b"num_requests", "num_shards", b"num_shards", "p50_s", b"p50_s", "p99_s", b"p99_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -560,7 +568,7 @@ class ShardConnection(_message.Message):
     address: _builtins.str
     """The replica's address."""
     reachable: _builtins.bool
-    """Whether its last call succeeded; true before the first."""
+    """Whether its last call was answered; true before the first."""
     num_shards: _builtins.int
     """Number of shards of the layout that it belongs to."""
     def __init__(
