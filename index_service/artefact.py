@@ -9,6 +9,7 @@ The layout, below `indexes/<checkpoint_version>/<shard>-of-<num_shards>/<catalog
     <build>/vectors.f32         [N, D] little-endian float32, the exact vectors
     <build>/items.arrow         ids and attributes (Arrow IPC file), row i is vector i of the index
     <build>/item_hashes.u64     little-endian uint64, xxh3_64 of each item id, rising: the rows are in this order
+    ../claim/<number>           held by the replica that builds, see `index_service.claim`
 
 Every build writes into a folder of its own, so two builders never mix files; of two that finish together the manifest
 picks one. Nothing is ever overwritten: a refused artefact is replaced by a manifest of the next revision. Artefacts of
@@ -36,6 +37,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from index_service.ann import AnnIndex, exact_index_of_size, stored_part, vectors_of
+from index_service.claim import BuildClaim
 from index_service.plan import EXACT, IndexPlan
 from towers.catalogue import ITEM_ID
 from towers.checkpoint import Manifest
@@ -51,6 +53,8 @@ FIRST_REVISION = 1
 CHUNK_BYTES = 8 * 2**20
 VALIDATION_QUERIES = "validation queries"
 ITEM_VECTORS = "item vectors"
+_CLAIM = "claim"
+"""Folder of the claim; a catalogue's folder begins with a "v"."""
 _READERS = 4
 """Chunks that are fetched and verified at once."""
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
@@ -238,6 +242,10 @@ class ArtefactStore:
         manifest = artefact.manifest.model_copy(update={"files": files})
         self._store.put_new(f"{folder}/manifest-{manifest.revision}.json", _sealed(manifest))
         return manifest
+
+    def claim(self, checkpoint_version: int, stale_after_s: float) -> BuildClaim:
+        """The claim to build for a checkpoint, whatever the catalogue's state; not taken yet."""
+        return BuildClaim(self._store, f"{self._parent(checkpoint_version)}/{_CLAIM}", stale_after_s)
 
     def prune(self, checkpoint_version: int, created_before: datetime) -> None:
         """Deletes a checkpoint's artefacts that are older than a moment, each manifest before its files.
