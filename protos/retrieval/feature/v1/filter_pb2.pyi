@@ -23,7 +23,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class Filter(_message.Message):
     """A condition that an item must meet. The attributes it names must be declared as filterable.
     An attribute with a list meets a comparison when one of its entries does. A comparison with an
-    attribute that an item does not have is not met.
+    attribute that an item does not have is not met. Null, NaN and a list without entries are an
+    attribute that the item does not have. Numbers are compared in the precision of the attribute.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -46,7 +47,7 @@ class Filter(_message.Message):
 
     @_builtins.property
     def none_of(self) -> Global___NoneOf:
-        """The item has the attribute, and it is none of these values."""
+        """The item has the attribute, and neither it nor one of its entries is one of these values."""
 
     @_builtins.property
     def range(self) -> Global___Range:
