@@ -1,9 +1,10 @@
-"""`twotower stage`, `promote`, `rollback` and `status`: the deployment record, by hand.
+"""`twotower stage`, `canary`, `promote`, `rollback` and `status`: the deployment record, by hand.
 
 Deliberately does not know the rules (`rollout`); it opens what they need and prints what comes back.
 """
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,29 +18,58 @@ if TYPE_CHECKING:
     from rollout.fleet import LoadStatus, Replica
     from rollout.overview import Overview
     from rollout.settings import RolloutSettings
-    from towers.deployment import Deployment
+    from towers.deployment import Deployment, Slot
 
+Force = Annotated[bool, typer.Option("--force", help="Although a gate waits or refuses; the record will say so.")]
 _SHOWN_RECORDS = 5
 
 
 def stage(
     version: Annotated[int, typer.Argument(help="A published version.", metavar="VERSION")],
     store: options.StoreUrl = DEFAULT_STORE,
+    num_shards: Annotated[
+        int | None,
+        typer.Option(
+            help="Serve it by the layout of this many shards; the live version too can move to another layout. "
+            "[default: the live one's layout]",
+            metavar="COUNT",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Put a published version on standby: all services load it beside the live one."""
     from rollout import operations
     from towers.store import Store
 
-    _say_record(operations.stage(Store(store), version))
+    _say_record(operations.stage(Store(store), version, num_shards))
+
+
+def canary(
+    share: Annotated[
+        float, typer.Argument(help="Share of the requests, for example 0.05; 0 ends it.", min=0, max=1, metavar="SHARE")
+    ],
+    store: options.StoreUrl = DEFAULT_STORE,
+    shards: options.Shards = None,
+    query_services: options.QueryServices = None,
+    force: Force = False,
+) -> None:
+    """Let the standby version answer a share of the requests; the rollout controller ends that on errors or latency."""
+    from rollout import operations
+    from towers.store import Store
+
+    if share:
+        overview = _look(_settings(store, shards, query_services))
+        _say_record(operations.begin_canary(Store(store), overview, share, is_forced=force))
+    else:
+        _say_record(operations.end_canary(Store(store)))
 
 
 def promote(
     store: options.StoreUrl = DEFAULT_STORE,
     shards: options.Shards = None,
     query_services: options.QueryServices = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Although a gate waits or refuses; the record will say so.")
-    ] = False,
+    force: Force = False,
 ) -> None:
     """Make the standby version live. Refused unless all gates pass."""
     from rollout import operations
@@ -104,42 +134,45 @@ def _say_record(record: "Deployment") -> None:
 
 def _slots(record: "Deployment") -> str:
     live = "nothing is live" if record.live_version is None else f"version {record.live_version} is live"
+    live += _layout(record.live_num_shards)
     if record.standby_version is None:
         return live
+    standby = f"{live}, version {record.standby_version} stands by{_layout(record.standby_num_shards)}"
     is_held = " and is held" if record.held else ""
-    return f"{live}, version {record.standby_version} stands by{is_held}"
+    canary = f" and answers {record.canary_share:.1%} of the requests" if record.canary_share else ""
+    return f"{standby}{is_held}{canary}"
+
+
+def _layout(num_shards: int | None) -> str:
+    return "" if num_shards is None else f" on {num_shards} shards"
 
 
 def _as_json(overview: "Overview", next_step: str) -> dict[str, Any]:
-    def load(status: "LoadStatus") -> dict[str, Any]:
-        return {
-            "version": status.version,
-            "state": status.state.value,
-            "reason": status.reason,
-            "is_corrupt": status.is_corrupt,
-            "progress": status.progress,
-            "golden_difference": status.golden_difference,
-            "num_items": status.num_items,
-            "num_quarantined": status.num_quarantined,
-            "index_type": status.index_type,
-            "catalogue_version": status.catalogue_version,
-        }
+    from dataclasses import asdict
 
+    deployment, fleet = overview.deployment, overview.fleet
+    live, standby = deployment.live_version, deployment.standby_version
+    shadow = fleet.shadow_of(standby, live) if live is not None and standby is not None else None
     return {
-        "deployment": overview.deployment.model_dump(mode="json"),
+        "deployment": deployment.model_dump(mode="json"),
         "next": next_step,
         "published": list(overview.published),
         "replicas": [
             {
                 "role": replica.role,
                 "shard": replica.shard,
+                "num_shards": replica.num_shards,
                 "address": replica.address,
                 "error": replica.error,
                 "deployment_revision": replica.deployment_revision,
-                "versions": [load(status) for status in replica.loads],
+                "versions": [asdict(load) | {"state": load.state.value} for load in replica.loads],
+                "shadow": asdict(replica.shadow) if replica.shadow else None,
+                "traffic": [asdict(part) for part in replica.traffic],
             }
-            for replica in overview.fleet.replicas
+            for replica in fleet.replicas
         ],
+        "shadow": asdict(shadow) if shadow else None,
+        "traffic": [asdict(fleet.traffic_of(version, deployment.revision)) for version in deployment.versions],
         "gates": [
             {"name": gate.name, "outcome": gate.outcome.value, "explanation": gate.explanation}
             for gate in overview.gates
@@ -149,7 +182,6 @@ def _as_json(overview: "Overview", next_step: str) -> dict[str, Any]:
 
 
 def _print_overview(overview: "Overview", next_step: str, console: "Console") -> None:
-    from rich.table import Table
     from rich.text import Text
 
     deployment = overview.deployment
@@ -160,60 +192,110 @@ def _print_overview(overview: "Overview", next_step: str, console: "Console") ->
     if followed > deployment.revision:
         console.print(Text(f"The processes follow revision {followed}, so of another store: is --store the right one?"))
 
-    processes = Table(title="Processes", title_justify="left")
-    for name in ("process", "address", "version", "state", "items", "index", "catalogue", "golden difference", ""):
-        processes.add_column(name)
+    _print_table(
+        console,
+        "Processes",
+        ("process", "address", "version", "items", "updates", "index", "MB", "catalogue"),
+        [row for replica in overview.fleet.replicas for row in _process_rows(replica)],
+    )
     for replica in overview.fleet.replicas:
-        for row in _process_rows(replica):
-            processes.add_row(*map(Text, row))
-    console.print(processes)
+        for note in _notes(replica):
+            console.print(Text(f"{replica.name}: {note}"))
 
+    traffic = [overview.fleet.traffic_of(version, deployment.revision) for version in deployment.versions]
+    if any(part.num_requests for part in traffic):
+        _print_table(
+            console,
+            f"Traffic since revision {deployment.revision}",
+            ("version", "requests", "failed", "p50", "p99"),
+            [
+                (str(part.version), str(part.num_requests), str(part.num_errors), _ms(part.p50_s), _ms(part.p99_s))
+                for part in traffic
+            ],
+        )
     if overview.gates:
-        gates = Table(title=f"Gates of version {deployment.standby_version}", title_justify="left")
-        for name in ("gate", "answer", "figure"):
-            gates.add_column(name)
-        for gate in overview.gates:
-            gates.add_row(*map(Text, (gate.name, gate.outcome.value, gate.explanation)))
-        console.print(gates)
-
+        _print_table(
+            console,
+            f"Gates of version {deployment.standby_version}",
+            ("gate", "answer", "figure"),
+            [(gate.name, gate.outcome.value, gate.explanation) for gate in overview.gates],
+        )
     if overview.history:
-        records = Table(title="Last records", title_justify="left")
-        for name in ("revision", "created", "live", "standby", "held", "reason"):
-            records.add_column(name)
-        for record in overview.history[-_SHOWN_RECORDS:]:
-            records.add_row(
-                str(record.revision),
-                record.created.isoformat(timespec="seconds"),
-                str(record.live_version or ""),
-                str(record.standby_version or ""),
-                "held" if record.held else "",
-                Text(record.reason),
-            )
-        console.print(records)
+        _print_table(
+            console,
+            "Last records",
+            ("revision", "created", "live", "standby", "", "reason"),
+            [
+                (
+                    str(record.revision),
+                    record.created.isoformat(sep=" ", timespec="seconds").removesuffix("+00:00"),
+                    _slot(record.live),
+                    _slot(record.standby),
+                    "held" if record.held else f"{record.canary_share:.1%}" if record.canary_share else "",
+                    record.reason,
+                )
+                for record in overview.history[-_SHOWN_RECORDS:]
+            ],
+        )
 
 
-def _process_rows(replica: "Replica") -> list[list[str]]:
-    name = replica.role if replica.shard is None else f"{replica.role} {replica.shard}"
-    if replica.error:
-        return [[name, replica.address, "", "", "", "", "", "", replica.error]]
-    if not replica.loads:
-        return [[name, replica.address, "", "", "", "", "", "", "holds no version"]]
-    return [
-        [
-            name,
-            replica.address,
-            str(load.version),
+def _print_table(console: "Console", title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print()
+    console.print(table)
+
+
+def _process_rows(replica: "Replica") -> list[tuple[str, ...]]:
+    """One row for each version; the name and the address are in the first."""
+    title = replica.title if replica.shard is not None else "query"
+    versions = [
+        (
             _state(load),
-            str(load.num_items) if replica.role == "shard" else "",
-            load.index_type,
+            *((str(load.num_items), _updates(load), load.index_type) if replica.shard is not None else ("", "", "")),
+            f"{load.size_bytes / 1e6:.1f}" if load.size_bytes else "",
             load.catalogue_version,
-            f"{load.golden_difference:.1e}",
-            load.reason,
-        ]
+        )
         for load in replica.loads
+    ] or [("", "", "", "", "", "")]
+    places = [(title, replica.address), *[("", "")] * (len(versions) - 1)]
+    return [(*place, *version) for place, version in zip(places, versions, strict=True)]
+
+
+def _notes(replica: "Replica") -> list[str]:
+    """What does not fit into a table."""
+    if replica.error or not replica.loads:
+        return [replica.error or "holds no version"]
+    notes = [f"version {load.version}: {load.reason}" for load in replica.loads if load.reason]
+    notes += [
+        f"version {load.version} leaves out {load.num_quarantined} items, whose embeddings are not finite"
+        for load in replica.loads
+        if load.num_quarantined
     ]
+    return notes
+
+
+def _updates(load: "LoadStatus") -> str:
+    """What live updates added and replaced since the index was built."""
+    return f"+{load.num_delta_items} -{load.num_tombstones}" if load.num_delta_items or load.num_tombstones else ""
 
 
 def _state(load: "LoadStatus") -> str:
     is_underway = load.state.value == "building"
-    return f"{load.state.value} {load.progress:.0%}" if is_underway else load.state.value
+    return f"{load.version} {load.state.value}{f' {load.progress:.0%}' if is_underway else ''}"
+
+
+def _slot(slot: "Slot") -> str:
+    """`7`, or `7/4` for version 7 on 4 shards."""
+    layout = "" if slot.num_shards is None else f"/{slot.num_shards}"
+    return "" if slot.version is None else f"{slot.version}{layout}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"

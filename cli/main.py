@@ -42,6 +42,7 @@ for _command in (
     retrieve.retrieve,
     deploy.status,
     deploy.stage,
+    deploy.canary,
     deploy.promote,
     deploy.rollback,
     serve.rollout,

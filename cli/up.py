@@ -77,7 +77,9 @@ async def _run(stack: "LocalStack", store: "Store", store_url: str) -> "Death | 
     view: _Live | _Lines = _Live() if sys.stdout.isatty() else _Lines()
     loop = asyncio.get_running_loop()
     advice, ask_again_s = "", loop.time()
-    async with StatusCollector(stack.shard_addresses, [stack.query_address]) as collector:
+    async with StatusCollector(
+        (tuple((address,) for address in stack.shard_addresses),), [stack.query_address]
+    ) as collector:
         with view:
             while not stopped.done():
                 if death := stack.first_death():

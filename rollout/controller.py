@@ -1,14 +1,14 @@
 """The controller: looks, asks the policy, writes at most one record; then again.
 
-Deliberately keeps no state that matters: it can be killed at any moment and started anywhere, and two of them do no
-harm, for of two writes of one revision exactly one succeeds.
+Deliberately keeps no state that matters: it can be killed at any moment and started anywhere, in the middle of
+a canary too, and two of them do no harm, for of two writes of one revision exactly one succeeds.
 """
 
 import asyncio
 import logging
 
 from rollout.overview import Observer, Overview
-from rollout.policy import Action, Hold, Promote, Stage, Wait, next_action, untried
+from rollout.policy import Action, Canary, Hold, Promote, Stage, Wait, next_action, untried
 from towers import deployment
 from towers.deployment import Deployment, DeploymentStore
 from towers.errors import ConflictError, TwoTowerError
@@ -55,7 +55,7 @@ class Controller:
 def decide(overview: Overview) -> Action:
     """Asks the policy about what was seen."""
     published = untried(overview.published, overview.history)
-    return next_action(overview.deployment, published, overview.fleet, overview.gates)
+    return next_action(overview.deployment, published, overview.fleet, overview.gates, overview.canary_share)
 
 
 def in_words(action: Action) -> str:
@@ -65,6 +65,8 @@ def in_words(action: Action) -> str:
             return f"waiting: {reason}"
         case Stage(version):
             return f"staged version {version}"
+        case Canary(version, share):
+            return f"version {version} answers {share:.1%} of the requests"
         case Promote(version):
             return f"promoted version {version}"
         case Hold(version, reason):
@@ -78,6 +80,8 @@ def in_prospect(action: Action) -> str:
             return f"wait: {reason}"
         case Stage(version):
             return f"stage version {version}"
+        case Canary(version, share):
+            return f"let version {version} answer {share:.1%} of the requests"
         case Promote(version):
             return f"promote version {version}"
         case Hold(version, reason):
@@ -90,6 +94,8 @@ def _record(current: Deployment, action: Action) -> Deployment | None:
             return None
         case Stage(version):
             return deployment.staged(current, version, "staged by the rollout controller: the newest published")
+        case Canary(_, share):
+            return deployment.canaried(current, share, "a canary of the rollout controller: all gates pass")
         case Promote():
             return deployment.promoted(current, "promoted by the rollout controller: all gates pass")
         case Hold(_, reason):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rollout.fleet import Fleet
-from rollout.gates import GateResult, Outcome, replicas_available
+from rollout.gates import CANARY, GateResult, Outcome, replicas_available
 from towers.deployment import Deployment
 
 
@@ -26,6 +26,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """Let the standby version answer a share of the requests."""
+
+    version: int
+    share: float
+
+
+@dataclass(frozen=True)
 class Promote:
     """Make the standby version live."""
 
@@ -34,31 +42,38 @@ class Promote:
 
 @dataclass(frozen=True)
 class Hold:
-    """Leave the standby version alone until a newer one is published or somebody decides."""
+    """End a canary, and leave the standby version alone until a newer one is published or somebody decides."""
 
     version: int
     reason: str
 
 
-Action = Wait | Stage | Promote | Hold
+Action = Wait | Stage | Canary | Promote | Hold
 
 
 def next_action(
-    deployment: Deployment, published: Sequence[int], statuses: Fleet, gates: Sequence[GateResult]
+    deployment: Deployment,
+    published: Sequence[int],
+    statuses: Fleet,
+    gates: Sequence[GateResult],
+    canary_share: float,
 ) -> Action:
     """Decides.
 
     1. The newest published version goes on standby when it is newer than both slots; those between are skipped.
-    2. A standby version that is older than the live one is kept for a rollback, nothing more.
-    3. A held standby version is left alone.
-    4. One gate that refuses is enough to hold it.
-    5. It goes live when every replica has it available and every gate passes.
+    2. A canary, whoever began it, ends when its gate refuses.
+    3. A standby version that is older than the live one is kept for a rollback, nothing more.
+    4. A held standby version is left alone. So is the layout that was live before the same version moved to another.
+    5. One gate that refuses is enough to hold it.
+    6. When every replica of its layout has it available and every gate passes, it answers a share of the requests
+       first, if that is asked for and the live version is another; then it goes live.
 
     Args:
         deployment: The current record.
         published: Versions that may be staged, as `untried` gives them.
         statuses: All replicas.
         gates: Answers of the gates for the standby version.
+        canary_share: Share of the requests that a new version answers first; 0: it goes live at once.
     """
     live, standby = deployment.live_version or 0, deployment.standby_version or 0
     newest = max(published, default=0)
@@ -66,19 +81,26 @@ def next_action(
         return Stage(newest)
     if not live and not standby:
         return Wait("no checkpoint is published")
-    if standby <= live:
+    refusals = [gate for gate in gates if gate.outcome is Outcome.REFUSE]
+    ended = [gate for gate in refusals if gate.name == CANARY and deployment.canary_share]
+    if ended:
+        return Hold(standby, str(ended[0]))
+    if standby < live:
         kept = f", version {standby} is kept for a rollback" if standby else ""
         return Wait(f"version {live} is live{kept}; no newer one is published")
+    if deployment.held and standby == live:
+        return Wait(f"version {live} is live, its former layout is kept for a rollback; no newer one is published")
     if deployment.held:
         return Wait(f"version {standby} is held until a newer one is published: {deployment.reason}")
-    refusals = [gate for gate in gates if gate.outcome is Outcome.REFUSE]
     if refusals:
-        return Hold(standby, "; ".join(str(gate) for gate in refusals))
+        return Hold(standby, "; ".join(map(str, refusals)))
     # Asked here whatever the caller's list of gates holds: nothing goes live that a replica does not have.
-    availability = replicas_available(standby, statuses)
+    availability = replicas_available(standby, statuses.on(deployment.standby_num_shards))
     undecided = [gate for gate in (availability, *gates) if gate.outcome is not Outcome.PASS]
     if undecided:
         return Wait(f"version {standby} stands by; {undecided[0]}")
+    if canary_share and not deployment.canary_share and live not in (0, standby):
+        return Canary(standby, canary_share)
     return Promote(standby)
 
 

@@ -5,6 +5,7 @@ Deliberately does not know what the statuses are for. The one place of this room
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -12,8 +13,9 @@ import grpc
 from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 from retrieval.query.v1 import query_service_pb2, query_service_pb2_grpc
 
-from rollout.fleet import Fleet, LoadStatus, Replica, State
+from rollout.fleet import Fleet, LoadStatus, Replica, SearchSetting, Shadow, State, Traffic
 from towers.rpc import CHANNEL_OPTIONS
+from towers.settings import Layouts
 
 TIMEOUT_S = 1.0
 """A replica that takes longer counts as unreachable in this round."""
@@ -32,22 +34,34 @@ _TOWER_STATES: Mapping[int, State] = {
 }
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Which shard is expected at an address."""
+
+    shard: int
+    num_shards: int
+    address: str
+
+
 class StatusCollector:
     """Channels to all replicas. Made, used and closed within one event loop."""
 
-    def __init__(self, shards: Sequence[str], query_services: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, layouts: Layouts, query_services: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
         """Opens the channels; nothing is called yet.
 
         Args:
-            shards: Address of each shard; the position is its number.
+            layouts: Addresses of every shard's replicas, by layout.
             query_services: Address of each replica of the query service.
             timeout_s: How long a replica may take to answer.
         """
         self._timeout_s = timeout_s
-        self._shards = [(address, grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)) for address in shards]
-        self._query_services = [
-            (address, grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)) for address in query_services
+        self._shards = [
+            (_Place(number, len(layout), address), _channel(address))
+            for layout in layouts
+            for number, addresses in enumerate(layout)
+            for address in addresses
         ]
+        self._query_services = [(address, _channel(address)) for address in query_services]
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,32 +77,25 @@ class StatusCollector:
 
     async def collect(self) -> Fleet:
         """Asks all replicas; never fails, for a replica that does not answer says so in its `error`."""
-        num_shards = len(self._shards)
         shards, query_services = await asyncio.gather(
-            asyncio.gather(
-                *(
-                    self._shard(number, num_shards, address, channel)
-                    for number, (address, channel) in enumerate(self._shards)
-                )
-            ),
+            asyncio.gather(*(self._shard(place, channel) for place, channel in self._shards)),
             asyncio.gather(*(self._query_service(address, channel) for address, channel in self._query_services)),
         )
         return Fleet(shards, query_services)
 
-    async def _shard(self, number: int, num_shards: int, address: str, channel: grpc.aio.Channel) -> Replica:
+    async def _shard(self, place: _Place, channel: grpc.aio.Channel) -> Replica:
+        replica = Replica("shard", place.address, place.shard, place.num_shards)
         stub = index_service_pb2_grpc.IndexServiceStub(channel)
         try:
             answer = await stub.GetShardStatus(index_service_pb2.GetShardStatusRequest(), timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
-            return Replica("shard", address, number, error=_in_words(error))
-        if (answer.shard, answer.num_shards) != (number, num_shards):
-            return Replica(
-                "shard",
-                address,
-                number,
-                error=f"says it is shard {answer.shard} of {answer.num_shards}, not {number} of {num_shards}: "
-                "check the number and the order of the shards' addresses",
+            return replace(replica, error=_in_words(error))
+        if (answer.shard, answer.num_shards) != (place.shard, place.num_shards):
+            mismatch = (
+                f"says it is shard {answer.shard} of {answer.num_shards}, not {place.shard} of {place.num_shards}: "
+                "check the number and the order of the shards' addresses"
             )
+            return replace(replica, error=mismatch)
         loads = [
             LoadStatus(
                 version=status.checkpoint_version,
@@ -101,10 +108,24 @@ class StatusCollector:
                 num_quarantined=status.num_quarantined,
                 index_type=status.index_type,
                 catalogue_version=status.catalogue_version,
+                built_catalogue_version=status.built_catalogue_version,
+                num_delta_items=status.num_delta_items,
+                num_tombstones=status.num_tombstones,
+                size_bytes=status.size_bytes,
+                is_from_store=status.loaded_from_store,
+                search_settings=tuple(
+                    SearchSetting(setting.k, setting.parameters, setting.recall, setting.latency_s)
+                    for setting in status.search_settings
+                ),
+                target_recall=status.target_recall,
+                measured_with=status.measured_with,
+                item_similarity=status.item_similarity,
+                score_mean=status.score_mean,
+                score_deviation=status.score_deviation,
             )
             for status in answer.versions
         ]
-        return Replica("shard", address, number, answer.deployment_revision, loads)
+        return replace(replica, deployment_revision=answer.deployment_revision, loads=loads)
 
     async def _query_service(self, address: str, channel: grpc.aio.Channel) -> Replica:
         stub = query_service_pb2_grpc.QueryServiceStub(channel)
@@ -122,7 +143,35 @@ class StatusCollector:
             )
             for status in answer.towers
         ]
-        return Replica("query service", address, None, answer.deployment_revision, loads)
+        return Replica(
+            "query service",
+            address,
+            deployment_revision=answer.deployment_revision,
+            loads=loads,
+            shadow=_shadow(answer.shadow) if answer.HasField("shadow") else None,
+            traffic=[
+                Traffic(part.checkpoint_version, part.num_requests, part.num_errors, part.p50_s, part.p99_s)
+                for part in answer.traffic
+            ],
+        )
+
+
+def _channel(address: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def _shadow(message: query_service_pb2.ShadowStatus) -> Shadow:
+    return Shadow(
+        message.checkpoint_version,
+        message.live_version,
+        message.num_queries,
+        message.num_errors,
+        message.mean_overlap,
+        message.live_p50_s,
+        message.live_p99_s,
+        message.standby_p50_s,
+        message.standby_p99_s,
+    )
 
 
 def _in_words(error: grpc.aio.AioRpcError) -> str:

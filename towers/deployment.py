@@ -6,7 +6,7 @@ only if absent, so of two writers that race one gets a conflict.
 
 import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +14,13 @@ from towers.errors import ConflictError, CorruptArtefactError, InvalidInputError
 from towers.store import Store
 
 FOLDER = "deployments"
+
+
+class Slot(NamedTuple):
+    """Blue or green: a version on a layout."""
+
+    version: int | None
+    num_shards: int | None
 
 
 class Deployment(BaseModel):
@@ -36,16 +43,25 @@ class Deployment(BaseModel):
     """Share of the requests that the standby version answers."""
 
     @property
+    def live(self) -> Slot:
+        """What answers."""
+        return Slot(self.live_version, self.live_num_shards)
+
+    @property
+    def standby(self) -> Slot:
+        """What stands by."""
+        return Slot(self.standby_version, self.standby_num_shards)
+
+    @property
     def versions(self) -> tuple[int, ...]:
         """The versions named, live first, each once."""
-        named = (self.live_version, self.standby_version)
+        named = (self.live.version, self.standby.version)
         return tuple(dict.fromkeys(version for version in named if version is not None))
 
     def versions_on(self, num_shards: int) -> tuple[int, ...]:
         """The versions that a shard of a layout with this many shards loads, live first, each once."""
-        slots = ((self.live_version, self.live_num_shards), (self.standby_version, self.standby_num_shards))
-        named = (version for version, wanted in slots if version is not None and wanted in (None, num_shards))
-        return tuple(dict.fromkeys(named))
+        named = (slot.version for slot in (self.live, self.standby) if slot.num_shards in (None, num_shards))
+        return tuple(dict.fromkeys(version for version in named if version is not None))
 
 
 NO_DEPLOYMENT = Deployment(
@@ -67,32 +83,40 @@ def staged(current: Deployment, version: int, reason: str, num_shards: int | Non
     Raises:
         InvalidInputError: the version is live, on this layout.
     """
-    num_shards = num_shards if num_shards is not None else current.live_num_shards
-    if (version, num_shards) == (current.live_version, current.live_num_shards):
+    slot = Slot(version, num_shards if num_shards is not None else current.live_num_shards)
+    if slot == current.live:
         raise InvalidInputError(f"version {version} is live already")
-    return _next(current, reason, standby_version=version, standby_num_shards=num_shards, held=False)
+    return _next(current, reason, standby_version=slot.version, standby_num_shards=slot.num_shards, held=False)
 
 
 def canaried(current: Deployment, share: float, reason: str) -> Deployment:
-    """Lets the standby version answer a share of the requests.
+    """Lets the standby version answer a share of the requests; `held` ends it.
 
     Raises:
-        InvalidInputError: nothing stands by.
+        InvalidInputError: the share is not between 0 and 1, or there are not two versions to share the requests.
     """
+    if not 0 < share < 1:
+        raise InvalidInputError(f"share = {share}: give a number above 0 and below 1, for example 0.05")
     if current.standby_version is None:
         raise InvalidInputError("no version stands by; stage one first: twotower stage VERSION")
+    if current.live_version is None:
+        raise InvalidInputError("nothing is live to share the requests with; twotower promote")
+    if current.standby_version == current.live_version:
+        raise InvalidInputError(f"version {current.live_version} stands by on another layout; a canary needs another")
     return _next(current, reason, canary_share=share)
 
 
 def promoted(current: Deployment, reason: str) -> Deployment:
     """Swaps the slots: the standby version goes live.
 
+    When it is the same version on another layout, the former layout is held: automation must not swap it back.
+
     Raises:
         InvalidInputError: nothing stands by.
     """
     if current.standby_version is None:
         raise InvalidInputError("no version stands by; stage one first: twotower stage VERSION")
-    return _swapped(current, reason, held=False)
+    return _swapped(current, reason, held=current.standby_version == current.live_version)
 
 
 def rolled_back(current: Deployment, reason: str) -> Deployment:
@@ -107,7 +131,7 @@ def rolled_back(current: Deployment, reason: str) -> Deployment:
 
 
 def held(current: Deployment, reason: str) -> Deployment:
-    """Keeps the slots and holds the standby version; it answers no request."""
+    """Keeps the slots and holds the standby version; it answers no request any more."""
     return _next(current, reason, held=True)
 
 

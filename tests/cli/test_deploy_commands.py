@@ -19,7 +19,7 @@ def test_round_trip(twotower: Twotower, store: Store) -> None:
 
     refused = twotower("promote", *at, *NOBODY)
     assert (refused.exit_code, refused.out, refused.err.count("\n")) == (1, "", 1)
-    assert "version 1 is not promoted: replicas (wait): shard 0 at 127.0.0.1:1 is not reachable" in refused.err
+    assert "version 1 is not promoted: replicas (wait): shard 0/2 at 127.0.0.1:1 is not reachable" in refused.err
     assert "--force" in refused.err
 
     forced = twotower("promote", *at, *NOBODY, "--force")
@@ -38,6 +38,54 @@ def test_round_trip(twotower: Twotower, store: Store) -> None:
     rolled_back = twotower("rollback", *at)
     assert rolled_back.out.startswith("revision 5: version 1 is live, version 2 stands by and is held; rolled back")
     assert [record.revision for record in DeploymentStore(store).history()] == [1, 2, 3, 4, 5]
+
+
+def test_canary(twotower: Twotower, store: Store) -> None:
+    at = ("--store", store.url)
+    twotower("stage", "1", *at)
+    twotower("promote", *at, *NOBODY, "--force")
+    twotower("stage", "2", *at)
+
+    refused = twotower("canary", "0.05", *at, *NOBODY)
+    assert (refused.exit_code, refused.err.count("\n")) == (1, 1)
+    assert "version 2 gets no share of the requests: replicas (wait)" in refused.err
+
+    begun = twotower("canary", "0.05", *at, *NOBODY, "--force").out
+    assert (
+        "version 1 is live, version 2 stands by and answers 5.0% of the requests; a canary by hand, by force" in begun
+    )
+    status = twotower("status", *at, *NOBODY)
+    assert "version 2 stands by and answers 5.0% of the requests" in status.out
+    assert "0 of 1000 requests answered" in status.out
+    seen = twotower("status", *at, *NOBODY, "--json").json
+    assert seen["deployment"]["canary_share"] == 0.05
+    assert [part["num_requests"] for part in seen["traffic"]] == [0, 0]
+
+    ended = twotower("canary", "0", *at).out
+    assert ended.startswith("revision 5: version 1 is live, version 2 stands by and is held; canary ended by hand")
+    assert twotower("canary", "0", *at).exit_code == 2
+    assert "SHARE" in twotower("canary", "2", *at).err
+
+
+def test_the_live_version_is_staged_on_another_layout(twotower: Twotower, store: Store) -> None:
+    at = ("--store", store.url)
+    twotower("stage", "1", *at)
+    twotower("promote", *at, *NOBODY, "--force")
+    assert "version 1 stands by on 3 shards; staged by hand" in twotower("stage", "1", *at, "--num-shards", "3").out
+
+    layouts = ("--shards", "127.0.0.1:1|127.0.0.1:4,127.0.0.1:2;127.0.0.1:5,127.0.0.1:6,127.0.0.1:7", *NOBODY[2:])
+    status = twotower("status", *at, *layouts)
+    for words in ("shard 0/2", "shard 2/3 at 127.0.0.1:7: is not reachable", "1/3"):
+        assert words in status.out
+    seen = twotower("status", *at, *layouts, "--json").json
+    places = [(replica["shard"], replica["num_shards"]) for replica in seen["replicas"]]
+    assert places == [(0, 2), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3), (None, None)]
+    (replicas,) = [gate["explanation"] for gate in seen["gates"] if gate["name"] == "replicas"]
+    assert "shard 0/3 at 127.0.0.1:5" in replicas
+    assert "0/2" not in replicas
+
+    forced = twotower("promote", *at, *layouts, "--force").out
+    assert "version 1 is live on 3 shards, version 1 stands by and is held; promoted by hand" in forced
 
 
 def test_stage_names_the_published_versions(twotower: Twotower, store: Store) -> None:
@@ -104,6 +152,8 @@ def test_status_when_nothing_runs(twotower: Twotower, store: Store) -> None:
         "golden replay": "wait",
         "item count": "wait",
         "offline recall": "pass",
+        "index recall": "wait",
+        "scores": "wait",
     }
     assert [record["reason"] for record in seen["history"]] == ["staged by hand"]
 

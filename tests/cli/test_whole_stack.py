@@ -214,7 +214,7 @@ def test_bad_versions_are_held_and_the_next_good_one_goes_live(
     drifting = checkpoints.publish(replace(good, golden=golden)).version
     record = wait_for_record(store, lambda record: record.held)
     assert (record.live_version, record.standby_version) == (1, drifting)
-    assert re.search(rf"golden replay: shard [01] at .* refuses version {drifting}: ", record.reason)
+    assert re.search(rf"golden replay: shard [01]/2 at .* refuses version {drifting}: ", record.reason)
 
     damaged = publish_damaged(store, good, tmp_path)
     record = wait_for_record(store, lambda record: record.held and record.standby_version == damaged)

@@ -82,9 +82,15 @@ def in_words(default: Any) -> str:
         return "empty"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
+    if default is None:
+        return "none"
     if isinstance(default, tuple):
-        return f"`{','.join(default)}`"
+        return f"`{';'.join(map(_layout, default))}`" if isinstance(default[0], tuple) else f"`{','.join(default)}`"
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+def _layout(layout: tuple[tuple[str, ...], ...]) -> str:
+    return ",".join(map("|".join, layout))
 
 
 def test_every_image_is_built_by_one_service_from_a_stage_that_exists(compose, stages):
@@ -170,14 +176,13 @@ def test_the_settings_of_a_service_are_valid_and_none_is_misspelt(compose, stage
 
 def test_the_addresses_lead_to_the_services(compose, stages, monkeypatch):
     settings = {name: settings_of(compose, stages, name, monkeypatch) for name in SERVICES}
-    shards = [
-        f"{name}:{shard.address.rpartition(':')[2]}"
+    layout = tuple(
+        (f"{name}:{shard.address.rpartition(':')[2]}",)
         for name, shard in sorted(settings.items(), key=lambda entry: getattr(entry[1], "shard", -1))
         if isinstance(shard, IndexSettings)
-    ]
+    )
     assert [(settings[name].shard, settings[name].num_shards) for name in ("shard-0", "shard-1")] == [(0, 2), (1, 2)]
-    assert list(settings["query"].shards) == shards
-    assert list(settings["rollout"].shards) == shards
+    assert settings["query"].shards == settings["rollout"].shards == (layout,)
     query_port = settings["query"].address.rpartition(":")[2]
     assert settings["rollout"].query_services == (f"query:{query_port}",)
     assert compose["services"]["query"]["ports"] == [f"127.0.0.1:50051:{query_port}"]

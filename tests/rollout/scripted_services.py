@@ -3,14 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import grpc
 from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 from retrieval.query.v1 import query_service_pb2, query_service_pb2_grpc
 
-from rollout.fleet import LoadStatus, State
+from rollout.fleet import LoadStatus, Shadow, State, Traffic
+from towers.settings import Layouts
 
 _SHARD_STATES = {
     State.UNKNOWN: index_service_pb2.VERSION_STATE_UNSPECIFIED,
@@ -37,6 +38,9 @@ class ScriptedReplica:
     num_shards: int = 2
     delay_s: float = 0.0
     failure: grpc.StatusCode | None = None
+    deployment_revision: int = 3
+    shadow: Shadow | None = None
+    traffic: Sequence[Traffic] = ()
     address: str = field(default="", init=False)
 
     async def wait_or_fail(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -56,7 +60,7 @@ class _Shard(index_service_pb2_grpc.IndexServiceServicer):
         return index_service_pb2.GetShardStatusResponse(
             shard=self._script.shard,
             num_shards=self._script.num_shards,
-            deployment_revision=3,
+            deployment_revision=self._script.deployment_revision,
             versions=[
                 index_service_pb2.VersionStatus(
                     checkpoint_version=load.version,
@@ -69,6 +73,19 @@ class _Shard(index_service_pb2_grpc.IndexServiceServicer):
                     num_quarantined=load.num_quarantined,
                     index_type=load.index_type,
                     catalogue_version=load.catalogue_version,
+                    built_catalogue_version=load.built_catalogue_version,
+                    num_delta_items=load.num_delta_items,
+                    num_tombstones=load.num_tombstones,
+                    size_bytes=load.size_bytes,
+                    loaded_from_store=load.is_from_store,
+                    search_settings=[
+                        index_service_pb2.SearchSetting(**asdict(setting)) for setting in load.search_settings
+                    ],
+                    target_recall=load.target_recall,
+                    measured_with=load.measured_with,
+                    item_similarity=load.item_similarity,
+                    score_mean=load.score_mean,
+                    score_deviation=load.score_deviation,
                 )
                 for load in self._script.loads
             ],
@@ -84,7 +101,9 @@ class _QueryService(query_service_pb2_grpc.QueryServiceServicer):
     ) -> query_service_pb2.GetStatusResponse:
         await self._script.wait_or_fail(context)
         return query_service_pb2.GetStatusResponse(
-            deployment_revision=3,
+            deployment_revision=self._script.deployment_revision,
+            shadow=self._script.shadow and query_service_pb2.ShadowStatus(**_renamed(self._script.shadow)),
+            traffic=[query_service_pb2.VersionTraffic(**_renamed(part)) for part in self._script.traffic],
             towers=[
                 query_service_pb2.TowerStatus(
                     checkpoint_version=load.version,
@@ -98,9 +117,15 @@ class _QueryService(query_service_pb2_grpc.QueryServiceServicer):
         )
 
 
+def _renamed(figures: Shadow | Traffic) -> dict[str, Any]:
+    """The fields as the messages name them."""
+    fields = asdict(figures)
+    return {"checkpoint_version": fields.pop("version"), **fields}
+
+
 @dataclass
 class ScriptedServices:
-    """Two shards and a query service."""
+    """Two shards and a query service, or more."""
 
     shards: Sequence[ScriptedReplica]
     query_service: ScriptedReplica
@@ -111,8 +136,16 @@ class ScriptedServices:
             replica.loads = loads
 
     @property
-    def shard_addresses(self) -> list[str]:
-        return [shard.address for shard in self.shards]
+    def layouts(self) -> Layouts:
+        """Where the shards are, as the setting says it."""
+        sizes = dict.fromkeys(shard.num_shards for shard in self.shards)
+        return tuple(
+            tuple(
+                tuple(shard.address for shard in self.shards if (shard.shard, shard.num_shards) == (number, size))
+                for number in range(size)
+            )
+            for size in sizes
+        )
 
 
 @asynccontextmanager
@@ -142,9 +175,11 @@ async def serve_query_service(replica: ScriptedReplica, address: str = "127.0.0.
 
 
 @asynccontextmanager
-async def scripted_services() -> AsyncIterator[ScriptedServices]:
-    """Serves two shards and a query service on free ports."""
-    services = ScriptedServices([ScriptedReplica(shard=0), ScriptedReplica(shard=1)], ScriptedReplica())
+async def scripted_services(num_replicas: int = 1, more_shards: int = 0) -> AsyncIterator[ScriptedServices]:
+    """Serves a query service and the replicas of two shards on free ports, and another layout if asked for."""
+    shards = [ScriptedReplica(shard=number) for number in (0, 1) for _ in range(num_replicas)]
+    shards += [ScriptedReplica(shard=number, num_shards=more_shards) for number in range(more_shards)]
+    services = ScriptedServices(shards, ScriptedReplica())
     async with AsyncExitStack() as stack:
         for shard in services.shards:
             await stack.enter_async_context(serve_shard(shard))

@@ -29,7 +29,7 @@ def store(folder_url: str) -> Store:
 
 
 def seen(store: Store, gates: Sequence[GateResult]) -> Overview:
-    return Overview(tuple(DeploymentStore(store).history()), (1, 2, 3), fleet(load(1)), tuple(gates))
+    return Overview(tuple(DeploymentStore(store).history()), (1, 2, 3), fleet(load(1)), tuple(gates), 0.0)
 
 
 def promote(store: Store, *gates: GateResult, is_forced: bool = False) -> Deployment:
@@ -143,3 +143,92 @@ def test_no_rollback_to_a_version_that_was_unloaded_meanwhile(store: Store) -> N
     operations.stage(store, 1)
     with pytest.raises(InvalidInputError, match="version 1 stands by but was not live since it was staged"):
         operations.roll_back(store)
+
+
+def begin_canary(store: Store, share: float, *gates: GateResult, is_forced: bool = False) -> Deployment:
+    return operations.begin_canary(store, seen(store, gates), share, is_forced=is_forced)
+
+
+@pytest.fixture
+def standing_by(store: Store) -> Store:
+    """Version 1 is live, version 2 stands by."""
+    operations.stage(store, 1)
+    promote(store, PASS)
+    operations.stage(store, 2)
+    return store
+
+
+def test_a_canary_and_its_end(standing_by: Store) -> None:
+    record = begin_canary(standing_by, 0.05, PASS)
+    assert (record.live_version, record.standby_version, record.canary_share, record.held) == (1, 2, 0.05, False)
+    assert record.reason == "a canary by hand"
+    assert begin_canary(standing_by, 0.5, PASS, GateResult("canary", Outcome.WAIT, "0 of 9")).canary_share == 0.5
+    ended = operations.end_canary(standing_by)
+    assert (ended.canary_share, ended.held) == (0.0, True)
+    assert DeploymentStore(standing_by).current().reason == "canary ended by hand; version 2 is held"
+    with pytest.raises(InvalidInputError, match="no canary runs"):
+        operations.end_canary(standing_by)
+
+
+def test_a_canary_asks_the_gates(standing_by: Store) -> None:
+    with pytest.raises(GateRefusedError, match=r"version 2 gets no share of the requests: offline recall .*--force"):
+        begin_canary(standing_by, 0.05, REFUSE)
+    record = begin_canary(standing_by, 0.05, REFUSE, is_forced=True)
+    assert record.reason == "a canary by hand, by force although offline recall (refuse): 0.02 beside 0.10"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_that_is_none(standing_by: Store, share: float) -> None:
+    with pytest.raises(InvalidInputError, match="give a number above 0 and below 1"):
+        begin_canary(standing_by, share, PASS)
+    assert len(history(standing_by)) == 3
+
+
+def test_no_canary_without_two_versions(store: Store) -> None:
+    with pytest.raises(InvalidInputError, match="no version stands by"):
+        begin_canary(store, 0.1, PASS)
+    operations.stage(store, 1)
+    with pytest.raises(InvalidInputError, match="nothing is live"):
+        begin_canary(store, 0.1, PASS)
+    promote(store, PASS)
+    operations.stage(store, 1, 4)
+    with pytest.raises(InvalidInputError, match="version 1 stands by on another layout"):
+        begin_canary(store, 0.1, PASS)
+
+
+def test_promoting_ends_a_canary(standing_by: Store) -> None:
+    begin_canary(standing_by, 0.05, PASS)
+    assert promote(standing_by, PASS).canary_share == 0.0
+
+
+def test_rolling_back_ends_the_canary_of_a_version_that_was_not_live(standing_by: Store) -> None:
+    begin_canary(standing_by, 0.05, PASS)
+    record = operations.roll_back(standing_by)
+    assert (record.live_version, record.standby_version, record.held, record.canary_share) == (1, 2, True, 0.0)
+
+
+def test_rolling_back_to_a_version_with_a_canary(standing_by: Store) -> None:
+    promote(standing_by, PASS)
+    begin_canary(standing_by, 0.05, PASS)
+    record = operations.roll_back(standing_by)
+    assert (record.live_version, record.standby_version, record.held, record.canary_share) == (1, 2, True, 0.0)
+
+
+def test_the_live_version_moves_to_another_layout_and_back(store: Store) -> None:
+    operations.stage(store, 1)
+    promote(store, PASS)
+    operations.stage(store, 1, 4)
+    with pytest.raises(InvalidInputError, match="was not live since it was staged"):
+        operations.roll_back(store)
+    moved = promote(store, PASS)
+    assert (moved.live, moved.standby, moved.held) == ((1, 4), (1, None), True)
+    with pytest.raises(InvalidInputError, match="version 1 is live already"):
+        operations.stage(store, 1)
+    back = operations.roll_back(store)
+    assert (back.live, back.standby, back.held) == ((1, None), (1, 4), True)
+
+
+def test_a_new_version_is_staged_on_the_live_layout(store: Store) -> None:
+    operations.stage(store, 1, 4)
+    promote(store, PASS)
+    assert operations.stage(store, 2).standby == (2, 4)

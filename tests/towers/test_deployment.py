@@ -13,6 +13,7 @@ from towers.deployment import (
     NO_DEPLOYMENT,
     Deployment,
     DeploymentStore,
+    canaried,
     held,
     promoted,
     rolled_back,
@@ -109,6 +110,93 @@ def test_transitions_that_make_no_sense(live: int | None, standby: int | None, a
 )
 def test_versions_named(live: int | None, standby: int | None, versions: tuple[int, ...]) -> None:
     assert _record(live, standby).versions == versions
+
+
+def _canary(share: float) -> Transition:
+    return lambda current: canaried(current, share, "test")
+
+
+def _layouts(live: tuple[int | None, int | None], standby: tuple[int | None, int | None], **fields: bool) -> Deployment:
+    slots = {
+        "live_version": live[0],
+        "live_num_shards": live[1],
+        "standby_version": standby[0],
+        "standby_num_shards": standby[1],
+    }
+    return _record(None, None).model_copy(update={**slots, **fields})
+
+
+def test_a_canary_ends_with_the_record_that_began_it() -> None:
+    canary = canaried(_record(1, 2), 0.1, "test")
+    assert (canary.live, canary.standby, canary.canary_share) == ((1, None), (2, None), 0.1)
+    for act in (_stage(3), _promote, _roll_back, _hold):
+        assert act(canary).canary_share == 0.0
+    assert _canary(0.2)(canary).canary_share == 0.2
+    assert canaried(_record(1, 2, is_held=True), 0.1, "test").held
+
+
+@pytest.mark.parametrize(
+    ("live", "standby", "share", "reason"),
+    [
+        (1, 2, 0.0, "share = 0.0: give a number above 0"),
+        (1, 2, 1.0, "share = 1.0: give a number above 0 and below 1"),
+        (1, 2, float("nan"), "share = nan"),
+        (1, None, 0.1, "no version stands by"),
+        (None, 2, 0.1, "nothing is live"),
+        (1, 1, 0.1, "version 1 stands by on another layout"),
+    ],
+)
+def test_a_canary_needs_two_versions(live: int | None, standby: int | None, share: float, reason: str) -> None:
+    with pytest.raises(InvalidInputError, match=reason):
+        canaried(_record(live, standby), share, "test")
+
+
+def test_layouts_are_swapped_with_their_versions() -> None:
+    staged_elsewhere = staged(_layouts((1, 2), (None, None)), 2, "test", 4)
+    assert (staged_elsewhere.live, staged_elsewhere.standby) == ((1, 2), (2, 4))
+    live_elsewhere = promoted(staged_elsewhere, "test")
+    assert (live_elsewhere.live, live_elsewhere.standby, live_elsewhere.held) == ((2, 4), (1, 2), False)
+    assert staged(live_elsewhere, 3, "test").standby == (3, 4), "the live one's layout"
+    assert rolled_back(live_elsewhere, "test").live == (1, 2)
+
+
+def test_the_former_layout_of_a_version_is_held() -> None:
+    moved = promoted(staged(_layouts((1, None), (None, None)), 1, "test", 4), "test")
+    assert (moved.live, moved.standby, moved.held, moved.versions) == ((1, 4), (1, None), True, (1,))
+    with pytest.raises(InvalidInputError, match="version 1 is live already"):
+        staged(moved, 1, "test")
+
+
+@pytest.mark.parametrize(
+    ("live", "standby", "num_shards", "versions"),
+    [
+        ((1, None), (2, None), 2, (1, 2)),
+        ((1, 2), (2, 2), 2, (1, 2)),
+        ((1, 2), (2, 4), 2, (1,)),
+        ((1, 2), (2, 4), 4, (2,)),
+        ((1, 2), (1, 4), 4, (1,)),
+        ((1, 2), (2, 4), 3, ()),
+        ((1, 2), (2, None), 3, (2,)),
+        ((None, None), (None, None), 2, ()),
+    ],
+)
+def test_a_shard_loads_the_versions_of_its_layout(
+    live: tuple[int | None, int | None],
+    standby: tuple[int | None, int | None],
+    num_shards: int,
+    versions: tuple[int, ...],
+) -> None:
+    assert _layouts(live, standby).versions_on(num_shards) == versions
+
+
+def test_records_without_the_newer_fields_are_read(folder_url: str) -> None:
+    Store(folder_url).put_new(
+        f"{FOLDER}/1.json",
+        b'{"revision": 1, "live_version": 3, "standby_version": 2, "held": false, "reason": "", '
+        b'"created": "2026-01-01T00:00:00Z"}',
+    )
+    record = DeploymentStore(Store(folder_url)).current()
+    assert (record.live, record.standby, record.canary_share) == ((3, None), (2, None), 0.0)
 
 
 def test_history_is_the_audit_log(store_url: str) -> None:
