@@ -55,6 +55,14 @@ class ToyModel:
     def item_ids(self) -> list[str]:
         return _numbered(len(self.item_table) - 2)
 
+    def validation_queries(self) -> list[Mapping[str, Any]]:
+        """Raw features of the queries whose embeddings go with the checkpoint: each user after two items."""
+        items = self.item_ids
+        return [
+            {"user_id": user_id, "history": [items[i % len(items)], items[7 * i % len(items)]]}
+            for i, user_id in enumerate(self.user_ids)
+        ]
+
     def query_embeddings(self, queries: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
         """Exact embeddings `[B, D]` of queries such as `{"user_id": "1", "history": ["2", "3"]}`."""
         max_length = TOY_FEATURES[1]["max_length"]
@@ -108,6 +116,7 @@ class ToyModel:
             data_window=None,
             code_revision="toy",
             parent_version=parent_version,
+            validation_queries=self.query_embeddings(self.validation_queries()).astype(np.float32),
         )
 
     def _query_tower(self) -> bytes:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from towers.errors import ConflictError, CorruptArtefactError, InvalidSchemaError, NotFoundError, TwoTowerError
@@ -21,6 +23,10 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 SCHEMA = "schema.json"
 GOLDEN = "golden.json"
+VALIDATION_QUERIES = "validation_queries.f32"
+"""`[Q, D]` little-endian float32: embeddings of queries that training did not see. A checkpoint may lack it."""
+MAX_VALIDATION_QUERIES = 2000
+_LARGEST_NORM_ERROR = 1e-3
 TOWER_FILES: Mapping[Owner, str] = {"query": "query_tower.onnx", "item": "item_tower.onnx"}
 
 
@@ -77,6 +83,8 @@ class CheckpointDraft:
     data_window: tuple[datetime, datetime] | None
     code_revision: str
     parent_version: int | None
+    validation_queries: NDArray[np.float32] | None = None
+    """`[Q, D]` unit embeddings of held-out queries by the exported query tower; indexes are tuned with them."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,28 @@ class CheckpointStore:
         except (ValidationError, KeyError, TypeError) as error:
             raise CorruptArtefactError(f"checkpoint {version}: {GOLDEN} has no valid {owner} examples") from error
         return TowerFiles(owner, manifest, schema, vocabularies, examples, self._verified(manifest, TOWER_FILES[owner]))
+
+    def validation_queries(self, manifest: Manifest) -> NDArray[np.float32] | None:
+        """Reads the held-out query embeddings `[Q, D]` of a checkpoint, without its towers; None where it has none.
+
+        Raises:
+            CorruptArtefactError: the file is missing, differs from the manifest or does not hold unit vectors.
+        """
+        if VALIDATION_QUERIES not in manifest.files:
+            return None
+        numbers = self._verified(manifest, VALIDATION_QUERIES)
+        if len(numbers) % (4 * manifest.dim):
+            raise CorruptArtefactError(
+                f"checkpoint {manifest.version}: {VALIDATION_QUERIES} has {len(numbers)} bytes, which are no rows of "
+                f"{manifest.dim} numbers"
+            )
+        embeddings = np.frombuffer(numbers, dtype="<f4").reshape(-1, manifest.dim)  # [Q, D]
+        norms = np.linalg.norm(embeddings, axis=1)  # [Q]
+        if not (np.abs(norms - 1.0) <= _LARGEST_NORM_ERROR).all():
+            raise CorruptArtefactError(
+                f"checkpoint {manifest.version}: {VALIDATION_QUERIES} does not hold unit vectors"
+            )
+        return embeddings
 
     def publish(self, draft: CheckpointDraft) -> Manifest:
         """Publishes a checkpoint under the next free number; visible at once and whole, or not at all.
@@ -237,4 +267,6 @@ def _file_contents(draft: CheckpointDraft) -> dict[str, bytes]:
         files[_vocabulary(name)] = json.dumps(list(tokens)).encode()
     for owner, file in TOWER_FILES.items():
         files[file] = draft.towers[owner]
+    if draft.validation_queries is not None:
+        files[VALIDATION_QUERIES] = draft.validation_queries.astype("<f4").tobytes()
     return files

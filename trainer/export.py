@@ -55,6 +55,8 @@ class ExportedTowers:
     golden: Mapping[Owner, GoldenExamples]
     differences: Mapping[Owner, float]
     """Largest absolute difference to torch over all rows checked."""
+    validation_queries: NDArray[np.float32] | None
+    """`[Q, D]` embeddings of held-out queries by the exported query tower; None where there are none."""
 
 
 def export_towers(
@@ -62,6 +64,7 @@ def export_towers(
     fitted: FittedSchema,
     encoders: Mapping[Owner, FeatureEncoder],
     rows: Mapping[Owner, Rows],
+    validation_queries: Rows = (),
     num_golden: int = 16,
 ) -> ExportedTowers:
     """Exports both towers and runs each as services will, from its own side's raw features alone.
@@ -71,6 +74,7 @@ def export_towers(
         fitted: Their schema and vocabularies.
         encoders: The encoders of both sides.
         rows: Raw features of each side; all of them are checked.
+        validation_queries: Raw features of held-out queries, whose embeddings go with the checkpoint.
         num_golden: Golden examples to take from `rows`, evenly spaced; two more have nothing known and nothing at all.
 
     Raises:
@@ -81,6 +85,7 @@ def export_towers(
     exported: dict[Owner, bytes] = {}
     golden: dict[Owner, GoldenExamples] = {}
     differences: dict[Owner, float] = {}
+    towers: dict[Owner, Tower] = {}
     for owner, network in networks.items():
         network.eval()
         exported[owner] = export_onnx(network, encoders[owner])
@@ -89,9 +94,13 @@ def export_towers(
         golden[owner] = GoldenExamples(
             features=chosen, embeddings=torch_embeddings(network, encoders[owner], chosen).tolist()
         )
-        tower = load_unpublished(owner, exported[owner], golden[owner], fitted)
-        differences[owner] = difference(tower, network, encoders[owner], [*rows[owner], *chosen])
-    return ExportedTowers(exported, golden, differences)
+        towers[owner] = load_unpublished(owner, exported[owner], golden[owner], fitted)
+        differences[owner] = difference(towers[owner], network, encoders[owner], [*rows[owner], *chosen])
+    embedded = [
+        towers["query"].embed_rows(validation_queries[start : start + _ROWS_AT_ONCE])
+        for start in range(0, len(validation_queries), _ROWS_AT_ONCE)
+    ]
+    return ExportedTowers(exported, golden, differences, np.concatenate(embedded) if embedded else None)
 
 
 def export_onnx(network: TowerNetwork, encoder: FeatureEncoder) -> bytes:
@@ -206,6 +215,7 @@ def draft_checkpoint(
         data_window=data_window,
         code_revision=code_revision,
         parent_version=None,
+        validation_queries=exported.validation_queries,
     )
 
 

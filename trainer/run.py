@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from towers.checkpoint import CheckpointDraft, CheckpointStore
+from towers.checkpoint import MAX_VALIDATION_QUERIES, CheckpointDraft, CheckpointStore
 from towers.errors import ConflictError, StoreUnavailableError
 from towers.features import FeatureEncoder
 from towers.schema import Owner
@@ -247,7 +247,10 @@ def _export(model: TwoTowers, prepared: Prepared) -> export.ExportedTowers:
         "item": prepared.encoder.raw_items(range(len(prepared.item_counts))),
     }
     encoders: Mapping[Owner, FeatureEncoder] = {"query": prepared.encoder.query, "item": prepared.encoder.item}
-    return export.export_towers(model, prepared.fitted, encoders, rows)
+    validation = prepared.split.validation
+    step = -(-len(validation) // MAX_VALIDATION_QUERIES) or 1
+    validation_queries = prepared.encoder.raw_queries(validation[::step].tolist())
+    return export.export_towers(model, prepared.fitted, encoders, rows, validation_queries)
 
 
 def _origin(config: TrainerConfig, digests: Mapping[str, str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ FILES = (
     "vocabulary/item_id.json",
     "query_tower.onnx",
     "item_tower.onnx",
+    "validation_queries.f32",
 )
 
 
@@ -302,6 +303,7 @@ def test_a_full_disk_leaves_no_files(folder_url: str) -> None:
 
 
 def _load_both(checkpoints: CheckpointStore, version: int) -> None:
+    checkpoints.validation_queries(checkpoints.manifest(version))
     for owner in OWNERS:
         checkpoints.load(version, owner)
 
@@ -439,6 +441,37 @@ def test_a_damaged_file_is_refused_on_s3(s3_url: str) -> None:
     with pytest.raises(CorruptArtefactError, match=r"query_tower.onnx differs"):
         checkpoints.load(1, "query")
     checkpoints.load(1, "item")
+
+
+def test_validation_queries_come_back_without_the_towers(store_url: str) -> None:
+    checkpoints = CheckpointStore(Store(store_url))
+    model = toy_model()
+    manifest = checkpoints.publish(model.draft())
+    Store(store_url).delete(f"{FOLDER}/1/query_tower.onnx")
+    found = checkpoints.validation_queries(manifest)
+    assert found is not None
+    np.testing.assert_allclose(found, model.query_embeddings(model.validation_queries()), atol=1e-6)
+    assert found.dtype == np.float32
+    # Those of an older checkpoint, or of a training without a validation split.
+    without = checkpoints.publish(dataclasses.replace(model.draft(), validation_queries=None))
+    assert "validation_queries.f32" not in without.files
+    assert checkpoints.validation_queries(without) is None
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "reason"),
+    [
+        (np.eye(2, 7), "has 56 bytes, which are no rows of 8 numbers"),
+        (np.eye(2, 8) * 0.5, "does not hold unit vectors"),
+        (np.eye(2, 8) * np.nan, "does not hold unit vectors"),
+    ],
+)
+def test_validation_queries_that_are_none_are_refused(folder_url: str, embeddings: Any, reason: str) -> None:
+    checkpoints = CheckpointStore(Store(folder_url))
+    draft = dataclasses.replace(toy_model().draft(), validation_queries=embeddings.astype(np.float32))
+    manifest = checkpoints.publish(draft)
+    with pytest.raises(CorruptArtefactError, match=f"checkpoint 1: validation_queries.f32 {reason}"):
+        checkpoints.validation_queries(manifest)
 
 
 def test_manifests_survive_their_own_json(folder_url: str) -> None:

@@ -40,7 +40,13 @@ def test_exported_towers_equal_torch_for_every_kind_of_feature(
         "query": prepared.encoder.raw_queries(prepared.split.test.tolist()),
         "item": prepared.encoder.raw_items(range(40)),
     }
-    exported = export.export_towers(model, prepared.fitted, encoders, rows)
+    validation = prepared.encoder.raw_queries(prepared.split.validation.tolist())
+    exported = export.export_towers(model, prepared.fitted, encoders, rows, validation)
+    assert exported.validation_queries is not None
+    np.testing.assert_allclose(
+        exported.validation_queries, export.torch_embeddings(model.query, prepared.encoder.query, validation), atol=1e-5
+    )
+    assert export.export_towers(model, prepared.fitted, encoders, rows).validation_queries is None
     assert all(0 <= difference <= export.TOLERANCE for difference in exported.differences.values())
     for owner in encoders:
         golden = exported.golden[owner]

@@ -111,6 +111,10 @@ def test_training_publishes_a_checkpoint_that_services_load(world: Path) -> None
     assert window is not None
     assert [moment.timestamp() for moment in window] == [1_700_000_000, 1_700_000_000 + 7 * 3600 + 59]
 
+    queries = checkpoints.validation_queries(manifest)
+    assert queries is not None
+    assert queries.shape == (len(run.prepare(run.read_config(world / "toy.toml"), world).split.validation), 12)
+
     # All items are of two kinds, 20 each, and users like only their own: chance among those left is about 10 in 11.
     assert report.metrics["test.recall_at_10"] > 1.5 * report.metrics["test.popularity_recall_at_10"]
     for k in (5, 10):
