@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -35,12 +34,12 @@ from index_service.artefact import (
     checkpoint_fingerprint,
     new_build,
 )
+from index_service.embed import EmbeddedItems, embed_items
 from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
 from index_service.plan import EXACT, IndexPlan, SearchSetting
 from towers.catalogue import ITEM_ID, Catalogue, partition
 from towers.checkpoint import CheckpointStore, Manifest
-from towers.errors import ConflictError, CorruptArtefactError, InvalidFeatureError, InvalidInputError, TwoTowerError
-from towers.features import Arrays, RawValue
+from towers.errors import ConflictError, CorruptArtefactError, InvalidInputError, TwoTowerError
 from towers.store import Store
 from towers.tower import Tower
 
@@ -52,25 +51,12 @@ _LISTS_PER_ROOT = 4
 _TRAINING_VECTORS_PER_LIST = 39
 _ENCODINGS = ("SQ8", "Flat")
 _SCORE_TOLERANCE = 1e-6
-_BATCH_SIZE = 512
-_NUM_NAMED = 50
-"""Quarantined items that are logged one by one."""
 _EMBEDDING_SHARE = 0.8
 """Of the whole work; the rest is clustering, measuring and writing."""
 _NICENESS = 10
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EmbeddedItems:
-    """The items of a shard that have an embedding."""
-
-    items: pa.Table
-    embeddings: NDArray[np.float32]
-    """`[N, D]`, row i belongs to row i of `items`."""
-    quarantined_ids: tuple[str, ...]
 
 
 def build(order: BuildOrder, report: Callable[[float], None]) -> ArtefactManifest:
@@ -93,7 +79,7 @@ def build(order: BuildOrder, report: Callable[[float], None]) -> ArtefactManifes
     catalogue = Catalogue(store).read(order.catalogue_version)
     if catalogue.items.num_rows == 0:
         raise InvalidInputError("the catalogue has no items; load some: twotower catalog load items.parquet")
-    embedded = embed_items(
+    embedded = embed_all(
         tower,
         partition(catalogue.items, order.shard, order.num_shards),
         lambda share: report(share * _EMBEDDING_SHARE),
@@ -121,7 +107,7 @@ def artefact_of(
         num_shards=order.num_shards,
         dim=checkpoint.dim,
         num_items=embedded.items.num_rows,
-        num_quarantined=len(embedded.quarantined_ids),
+        num_quarantined=len(embedded.quarantined),
         plan=ann.plan,
         target_recall=TARGET_RECALL,
         measured_with=ITEM_VECTORS,
@@ -133,8 +119,8 @@ def artefact_of(
     return LoadedArtefact(manifest, ann, embedded.items, hashes)
 
 
-def embed_items(tower: Tower, items: pa.Table, report: Callable[[float], None]) -> EmbeddedItems:
-    """Embeds items. Those whose features do not encode, or whose embedding is not finite, are quarantined.
+def embed_all(tower: Tower, items: pa.Table, report: Callable[[float], None]) -> EmbeddedItems:
+    """Embeds the items of a shard.
 
     Args:
         tower: The item tower.
@@ -144,41 +130,20 @@ def embed_items(tower: Tower, items: pa.Table, report: Callable[[float], None]) 
     Raises:
         InvalidInputError: a column is missing, or not one item could be embedded.
     """
-    columns = {feature.name: feature.column for feature in tower.encoder.features}
-    for name, column in columns.items():
-        if column not in items.column_names:
+    for feature in tower.encoder.features:
+        if feature.column not in items.column_names:
             raise InvalidInputError(
-                f"the catalogue has no column {column!r}, which feature {name!r} of checkpoint {tower.version} needs; "
-                "load items that have it: twotower catalog load items.parquet"
+                f"the catalogue has no column {feature.column!r}, which feature {feature.name!r} of checkpoint "
+                f"{tower.version} needs; load items that have it: twotower catalog load items.parquet"
             )
-    embeddings = np.empty((items.num_rows, tower.dim), dtype=np.float32)
-    reasons: dict[int, str] = {}
-    for start in range(0, items.num_rows, _BATCH_SIZE):
-        batch = items.slice(start, _BATCH_SIZE)
-        values = {name: batch.column(column).to_pylist() for name, column in columns.items()}
-        arrays, kept, refused = _encode(tower, values, batch.num_rows)
-        if len(kept):
-            embeddings[start + kept] = tower.embed(arrays)
-        reasons |= {start + row: reason for row, reason in refused.items()}
-        report((start + batch.num_rows) / items.num_rows)
-    is_kept = np.ones(items.num_rows, dtype=bool)
-    is_kept[list(reasons)] = False
-    for row in np.flatnonzero(is_kept & ~np.isfinite(embeddings).all(axis=1)).tolist():
-        reasons[row] = "its embedding is not finite"
-        is_kept[row] = False
-    ids = items.column(ITEM_ID)
-    quarantined = {ids[row].as_py(): reason for row, reason in sorted(reasons.items())}
-    for item_id, reason in list(quarantined.items())[:_NUM_NAMED]:
-        _log.warning("item %r is quarantined: %s", item_id, reason)
-    if len(quarantined) > _NUM_NAMED:
-        _log.warning("%d more items are quarantined", len(quarantined) - _NUM_NAMED)
-    if quarantined and not is_kept.any():
-        item_id, reason = next(iter(quarantined.items()))
+    embedded = embed_items(tower, items, report)
+    if embedded.quarantined and not embedded.items.num_rows:
+        item_id, reason = next(iter(embedded.quarantined.items()))
         raise InvalidInputError(
-            f"not one of {len(quarantined)} items could be embedded by checkpoint {tower.version}; "
+            f"not one of {len(embedded.quarantined)} items could be embedded by checkpoint {tower.version}; "
             f"for example {item_id!r}: {reason}"
         )
-    return EmbeddedItems(items.filter(pa.array(is_kept)), embeddings[is_kept], tuple(quarantined))
+    return embedded
 
 
 def build_index(embeddings: NDArray[np.float32], exact_below: int) -> AnnIndex:
@@ -259,25 +224,6 @@ def _recall(
     return num_right / (len(queries) * k)
 
 
-def _encode(
-    tower: Tower, values: dict[str, list[RawValue]], num_rows: int
-) -> tuple[Arrays, NDArray[np.int64], dict[int, str]]:
-    """Encodes a batch: arrays of the rows that encode, their numbers, and why each of the others does not."""
-    try:
-        return tower.encoder.encode(values, num_rows), np.arange(num_rows), {}
-    except InvalidFeatureError:
-        pass
-    refused: dict[int, str] = {}
-    for row in range(num_rows):
-        try:
-            tower.encoder.encode({name: [column[row]] for name, column in values.items()}, 1)
-        except InvalidFeatureError as error:
-            refused[row] = error.reason
-    kept = np.array([row for row in range(num_rows) if row not in refused], dtype=np.int64)
-    arrays = tower.encoder.encode({name: [column[row] for row in kept] for name, column in values.items()}, len(kept))
-    return arrays, kept, refused
-
-
 def _item_tower(store: Store, version: int) -> tuple[Manifest, Tower]:
     try:
         files = CheckpointStore(store).load(version, "item")
@@ -290,7 +236,7 @@ def _in_order_of_hash(embedded: EmbeddedItems) -> tuple[EmbeddedItems, NDArray[n
     ids = embedded.items.column(ITEM_ID).to_pylist()
     hashes = np.fromiter((xxhash.xxh3_64_intdigest(item_id.encode()) for item_id in ids), np.uint64, count=len(ids))
     order = np.argsort(hashes, kind="stable")
-    in_order = EmbeddedItems(embedded.items.take(pa.array(order)), embedded.embeddings[order], embedded.quarantined_ids)
+    in_order = EmbeddedItems(embedded.items.take(pa.array(order)), embedded.embeddings[order], embedded.quarantined)
     return in_order, hashes[order]
 
 

@@ -45,6 +45,9 @@ _APPEND_ONLY = {**_FEED, "delta.appendOnly": "true"}
 _FOLDED = "twotower.folded_changes"
 """Delta application id whose version, in `items`, counts the commits of `changes` that the snapshot contains."""
 
+_VERSION = re.compile(r"(\d{1,18})\.(\d{1,18})")
+_NO_CHANGES = pa.schema({ITEM_ID: pa.string(), _OP: pa.string(), _ROW: pa.int64(), COMMIT: pa.int64()}).empty_table()
+
 _WRITE_ATTEMPTS = 10
 
 
@@ -66,6 +69,24 @@ class CatalogueSnapshot:
     version: str
     items: pa.Table
     """`item_id` (string, unique, rising) and the attributes; a missing attribute is null."""
+
+
+@dataclass(frozen=True)
+class CommitSpan:
+    """The way from one state to a later one."""
+
+    version: str
+    """The later state."""
+    numbers: range
+    """Numbers of the commits of `changes` in between."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The rows of one commit of `changes`; see `last_states`."""
+
+    number: int
+    rows: pa.Table
 
 
 class Catalogue:
@@ -151,8 +172,33 @@ class Catalogue:
         items_edit, changes_edit = self._parsed(version)
         base, num_folded = self._base(version, items_edit, changes_edit)
         parts = [] if base is None else [_as_layer(base)]
-        parts += self._changes.appended(num_folded, changes_edit)
-        return CatalogueSnapshot(version, _merged(parts))
+        parts += [rows for _, rows in self._changes.appended(range(num_folded + 1, changes_edit + 1))]
+        items, _ = last_states(parts)
+        return CatalogueSnapshot(version, items.sort_by(ITEM_ID).combine_chunks())
+
+    def commits_since(self, version: str) -> CommitSpan | None:
+        """The commits that lead from a state to the one now. Cheap: see `version`.
+
+        Returns:
+            None when there is no such way: `items` was rewritten since, or the state never was.
+        """
+        match = _VERSION.fullmatch(version)
+        items_edit, changes_edit = self._items.last_edit(), self._changes.last_edit()
+        if match is None or int(match.group(1)) != items_edit or int(match.group(2)) > changes_edit:
+            return None
+        return CommitSpan(_named((items_edit, changes_edit)), range(int(match.group(2)) + 1, changes_edit + 1))
+
+    def commits(self, numbers: Sequence[int]) -> list[Commit]:
+        """Reads commits of `changes`.
+
+        Raises:
+            NotFoundError: one was removed by a tool that cleans logs.
+            CorruptArtefactError: a commit that another tool wrote in a way that the catalogue does not allow.
+        """
+        parts: dict[int, list[pa.Table]] = {number: [] for number in numbers}
+        for number, rows in self._changes.appended(numbers):
+            parts[number].append(rows)
+        return [Commit(number, _united(rows) if rows else _NO_CHANGES) for number, rows in parts.items()]
 
     def compact(self) -> None:
         """Folds the changes into `items`, so that reads stay fast. The state, and so the version, stays.
@@ -200,7 +246,7 @@ class Catalogue:
         raise ConflictError("too many writers change the catalogue at once; try again")
 
     def _parsed(self, version: str) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d{1,18})\.(\d{1,18})", version)
+        match = _VERSION.fullmatch(version)
         if match is None:
             raise _no_version(version)
         items_edit, changes_edit = int(match.group(1)), int(match.group(2))
@@ -251,6 +297,20 @@ def partition(items: pa.Table, shard: int, num_shards: int) -> pa.Table:
         raise InvalidInputError(f"shard {shard}/{num_shards}: shards are numbered from 0 to {num_shards - 1}")
     mask = [shard_of(item_id, num_shards) == shard for item_id in items[ITEM_ID].to_pylist()]
     return items.filter(pa.array(mask, pa.bool_()))
+
+
+def last_states(parts: Sequence[pa.Table]) -> tuple[pa.Table, pa.Array]:
+    """The last state of each item of some commits: `item_id` and attributes of those that are, ids of the deleted.
+
+    Raises:
+        CorruptArtefactError: two commits have one column in different types.
+    """
+    changes = _united(parts).sort_by([(COMMIT, "ascending"), (_ROW, "ascending")])
+    changes = changes.take(_last_rows(changes[ITEM_ID]))
+    is_there = pc.equal(changes[_OP], _UPSERT)
+    attributes = [name for name in changes.column_names if name not in (ITEM_ID, _OP, _ROW, COMMIT)]
+    deleted_ids = changes[ITEM_ID].filter(pc.invert(is_there)).combine_chunks()
+    return changes.filter(is_there).select([ITEM_ID, *attributes]), deleted_ids
 
 
 def _num_folded(items: DeltaTable) -> int:
@@ -427,25 +487,10 @@ def _as_layer(base: pa.Table) -> pa.Table:
     )
 
 
-def _merged(parts: Sequence[pa.Table]) -> pa.Table:
-    """The last state of each item that is not deleted, by id."""
-    changes = _united(parts)
-    if changes[ITEM_ID].null_count:
-        raise CorruptArtefactError(f"the catalogue has {changes[ITEM_ID].null_count} rows without {ITEM_ID}")
-    unknown = pc.invert(pc.is_in(changes[_OP], pa.array([_UPSERT, _DELETE])))
-    if pc.any(unknown).as_py():
-        raise CorruptArtefactError(f"{_FOLDER}/changes: {_OP} must be {_UPSERT!r} or {_DELETE!r} in every row")
-    changes = changes.sort_by([(COMMIT, "ascending"), (_ROW, "ascending")])
-    changes = changes.take(_last_rows(changes[ITEM_ID]))
-    items = changes.filter(pc.equal(changes[_OP], _UPSERT)).sort_by(ITEM_ID).combine_chunks()
-    attributes = [name for name in items.column_names if name not in (ITEM_ID, _OP, _ROW, COMMIT)]
-    return items.select([ITEM_ID, *attributes])
-
-
 def _united(parts: Sequence[pa.Table]) -> pa.Table:
     """All rows, with all columns in one type each."""
-    types: dict[str, pa.DataType] = {ITEM_ID: pa.string(), _OP: pa.string(), _ROW: pa.int64(), COMMIT: pa.int64()}
-    united = []
+    types: dict[str, pa.DataType] = {field.name: field.type for field in _NO_CHANGES.schema}
+    united = [] if parts else [_NO_CHANGES]
     for part in parts:
         columns = {}
         for name, column in zip(part.column_names, part.columns, strict=True):
@@ -463,4 +508,8 @@ def _united(parts: Sequence[pa.Table]) -> pa.Table:
         raise CorruptArtefactError(f"the catalogue's tables have no column {min(missing)!r}")
     if _ROW not in changes.column_names:
         changes = changes.append_column(_ROW, pa.nulls(len(changes), pa.int64()))
+    if changes[ITEM_ID].null_count:
+        raise CorruptArtefactError(f"the catalogue has {changes[ITEM_ID].null_count} rows without {ITEM_ID}")
+    if pc.any(pc.invert(pc.is_in(changes[_OP], pa.array([_UPSERT, _DELETE])))).as_py():
+        raise CorruptArtefactError(f"{_FOLDER}/changes: {_OP} must be {_UPSERT!r} or {_DELETE!r} in every row")
     return changes

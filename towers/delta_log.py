@@ -25,6 +25,8 @@ COMPACTED_EDIT = "twotower.compacted_edit"
 """In the commit info of a compaction: the edit that it leaves untouched."""
 
 _PARALLEL_READS = 8
+_NUM_RECENT = 16
+"""Commits that are kept in memory: the newest are looked at several times."""
 
 
 class DeltaLog:
@@ -49,6 +51,7 @@ class DeltaLog:
         self._lock = threading.Lock()
         self._num_commits = 0
         self._last_edit = 0
+        self._recent: dict[int, list[dict[str, Any]]] = {}
 
     def open(self, number: int | None = None) -> DeltaTable | None:
         """The table after a commit, the last one when left out; None when there is no table."""
@@ -125,15 +128,23 @@ class DeltaLog:
                 return edit
         return 0
 
-    def appended(self, after: int, last: int) -> list[pa.Table]:
-        """The rows that each commit after one appended, up to the last, with the column `_commit`."""
+    def appended(self, numbers: Sequence[int]) -> list[tuple[int, pa.Table]]:
+        """The rows that commits appended, with the column `_commit`: one table a file, in the order of the numbers.
+
+        Raises:
+            NotFoundError: a commit or one of its files was removed.
+            CorruptArtefactError: a commit removes rows, or a file cannot be read.
+        """
+        if len(numbers) < _PARALLEL_READS:
+            return [(number, rows) for number in numbers for rows in self._appended(number)]
         with ThreadPoolExecutor(_PARALLEL_READS) as readers:
-            return [rows for commit in readers.map(self._appended, range(after + 1, last + 1)) for rows in commit]
+            commits = zip(numbers, readers.map(self._appended, numbers), strict=True)
+            return [(number, rows) for number, commit in commits for rows in commit]
 
     def _appended(self, number: int) -> list[pa.Table]:
         actions = self._actions(number)
         if actions is None:
-            raise CorruptArtefactError(
+            raise NotFoundError(
                 f"{self._path}: commit {number - 1} was removed before a compaction had folded it; "
                 "restore it, or load the catalogue again"
             )
@@ -160,15 +171,22 @@ class DeltaLog:
             raise CorruptArtefactError(f"{self._path}/{file} cannot be read: {error}") from error
 
     def _actions(self, number: int) -> list[dict[str, Any]] | None:
+        """What a commit did; None when there is none of this number, or not any more."""
+        known = self._recent.get(number)
+        if known is not None:
+            return known
         path = f"{self._path}/_delta_log/{number - 1:020}.json"
         try:
             content = self._store.get(path)
         except NotFoundError:
             return None
         try:
-            return [json.loads(line) for line in content.splitlines() if line.strip()]
+            actions = [json.loads(line) for line in content.splitlines() if line.strip()]
         except ValueError as error:
             raise CorruptArtefactError(f"{path} is not a Delta commit: {error}") from error
+        self._recent[number] = actions
+        self._recent.pop(number - _NUM_RECENT, None)
+        return actions
 
 
 def _edit(actions: Sequence[dict[str, Any]], number: int) -> int | None:

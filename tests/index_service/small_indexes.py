@@ -9,7 +9,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from index_service.artefact import LoadedArtefact
-from index_service.build import EmbeddedItems, artefact_of
+from index_service.build import artefact_of
+from index_service.embed import EmbeddedItems
 from index_service.order import BuildOrder
 from index_service.shard import ShardIndex
 from towers.checkpoint import FileDigest, Manifest
@@ -60,7 +61,7 @@ def small_artefact(
     )
     ids = [str(i) for i in range(len(embeddings))] if item_ids is None else list(item_ids)
     items = pa.table({"item_id": pa.array(ids, pa.string()), **(attributes or {})})
-    return artefact_of(order, checkpoint, 0.0, EmbeddedItems(items, embeddings, ()))
+    return artefact_of(order, checkpoint, 0.0, EmbeddedItems(items, embeddings, {}))
 
 
 def small_index(embeddings: NDArray[np.float32], item_ids: Sequence[str] | None = None, **how: Any) -> ShardIndex:

@@ -1,0 +1,234 @@
+"""A live index against a dictionary and exact search, over any sequence of changes."""
+
+from datetime import UTC, datetime
+
+import numpy as np
+import onnx
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from small_indexes import ids_of, small_index
+
+from index_service.feed import Changes
+from index_service.live import LiveIndex
+from towers.checkpoint import GoldenExamples, Manifest, TowerFiles
+from towers.errors import InvalidInputError
+from towers.schema import parse_schema
+from towers.tower import OUTPUT_NAME, Tower, input_name
+
+DIM = 4
+SCHEMA = parse_schema(
+    [
+        {"name": "user", "owner": "query", "kind": "number"},
+        {"name": "vector", "owner": "item", "kind": "vector", "size": DIM},
+    ]
+)
+
+
+class CountingTower(Tower):
+    """A real tower that returns an item's `vector`; it counts the items that it embeds."""
+
+    def __init__(self) -> None:
+        graph = helper.make_graph(
+            [
+                helper.make_node("ReduceL2", [input_name("vector"), "last_axis"], ["length"], keepdims=1),
+                helper.make_node("Div", [input_name("vector"), "length"], [OUTPUT_NAME]),
+            ],
+            "item_tower",
+            [helper.make_tensor_value_info(input_name("vector"), TensorProto.FLOAT, ["batch", DIM])],
+            [helper.make_tensor_value_info(OUTPUT_NAME, TensorProto.FLOAT, ["batch", DIM])],
+            [numpy_helper.from_array(np.array([1]), "last_axis")],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+        onnx.checker.check_model(model)
+        manifest = Manifest(
+            version=1,
+            created=datetime.now(UTC),
+            dim=DIM,
+            schema_fingerprint="",
+            files={},
+            metrics={},
+            config={},
+            data_window=None,
+            code_revision="",
+            parent_version=None,
+        )
+        golden = GoldenExamples(features=[{"vector": [1.0, 0.0, 0.0, 0.0]}], embeddings=[[1.0, 0.0, 0.0, 0.0]])
+        super().__init__(
+            TowerFiles(
+                owner="item",
+                manifest=manifest,
+                schema=SCHEMA,
+                vocabularies={},
+                onnx=model.SerializeToString(),
+                golden=golden,
+            )
+        )
+        self.num_embedded = 0
+
+    def embed(self, arrays):
+        embeddings = super().embed(arrays)
+        self.num_embedded = getattr(self, "num_embedded", 0) + len(embeddings)
+        return embeddings
+
+
+VECTORS = np.random.default_rng(5).standard_normal((12, DIM)).astype(np.float32)
+ROWS = st.fixed_dictionaries(
+    {},
+    optional={
+        "vector": st.integers(0, len(VECTORS) - 1),
+        "price": st.integers(0, 5),
+        "tags": st.lists(st.sampled_from(["a", "b", "c"]), max_size=2),
+    },
+)
+IDS = st.sampled_from([f"item{number}" for number in range(12)] + ["é", "x" * 40])
+STEP = st.dictionaries(IDS, st.one_of(st.none(), ROWS), max_size=6)
+"""Item id to its new attributes; None: deleted."""
+
+
+def table_of(rows):
+    """Items as the feed gives them: `vector` numbers become the vectors; columns that no item has are left out."""
+    columns = {
+        "item_id": pa.array(list(rows), pa.string()),
+        "vector": pa.array(
+            [None if "vector" not in row else VECTORS[row["vector"]].tolist() for row in rows.values()],
+            pa.list_(pa.float32()),
+        ),
+        "price": pa.array([row.get("price") for row in rows.values()], pa.int64()),
+        "tags": pa.array([row.get("tags") for row in rows.values()], pa.list_(pa.string())),
+    }
+    return pa.table(
+        {name: column for name, column in columns.items() if name == "item_id" or column.null_count < len(column)}
+    )
+
+
+def is_findable(row):
+    """Without a vector the tower divides by zero: the embedding is not finite."""
+    return "vector" in row
+
+
+def embedding_of(row):
+    vector = VECTORS[row["vector"]].astype(np.float64)
+    return vector / np.linalg.norm(vector)
+
+
+def changes_of(version, step):
+    upserts = {item_id: row for item_id, row in step.items() if row is not None}
+    return Changes(version, table_of(upserts), tuple(item_id for item_id, row in step.items() if row is None))
+
+
+def built_from(state):
+    found = {item_id: row for item_id, row in state.items() if is_findable(row)}
+    table = table_of(found)
+    embeddings = np.array([embedding_of(row) for row in found.values()], dtype=np.float32).reshape(-1, DIM)
+    attributes = {name: table[name].combine_chunks() for name in table.column_names if name != "item_id"}
+    return small_index(embeddings, list(found), attributes=attributes)
+
+
+def check(live, state, excluded=()):
+    """Every answer of the view is the model's."""
+    view = live.view
+    found = {item_id: row for item_id, row in state.items() if is_findable(row)}
+    assert live.num_items == view.num_items == len(found)
+    allowed = [item_id for item_id in found if item_id not in excluded]
+    queries = np.eye(DIM, dtype=np.float32)[:3]
+    for k in (1, 3, 50):
+        hits = view.search(queries, k, excluded_item_ids=list(excluded))
+        assert hits.counts.tolist() == [min(k, len(allowed))] * len(queries)
+        ids = ids_of(view, hits.rows)
+        for i in range(len(queries)):
+            part = slice(i * min(k, len(allowed)), (i + 1) * min(k, len(allowed)))
+            scores = {item_id: embedding_of(found[item_id]) @ queries[i] for item_id in allowed}
+            np.testing.assert_allclose(hits.scores[part], sorted(scores.values(), reverse=True)[:k], atol=1e-6)
+            np.testing.assert_allclose(hits.scores[part], [scores[item_id] for item_id in ids[part]], atol=1e-6)
+            assert len(set(ids[part])) == len(ids[part])
+    for name in ("price", "tags"):
+        if name in view.attribute_names:
+            values = view.attribute_values(name, hits.rows)
+            assert values == [found[item_id].get(name) for item_id in ids]
+        else:
+            assert all(name not in row for row in found.values())
+
+
+@given(
+    start=st.dictionaries(IDS, ROWS, max_size=8),
+    steps=st.lists(STEP, max_size=8),
+    excluded=st.frozensets(IDS, max_size=4),
+)
+def test_any_sequence_of_changes_gives_the_state_it_leads_to(start, steps, excluded):
+    state = dict(start)
+    live = LiveIndex(built_from(state), CountingTower())
+    check(live, state, excluded)
+    for number, step in enumerate(steps, start=2):
+        before, seen = live.view, dict(state)
+        live.apply(changes_of(f"0.{number}", step))
+        for item_id, row in step.items():
+            state.pop(item_id, None)
+            if row is not None:
+                state[item_id] = row
+        assert live.catalogue_version == f"0.{number}"
+        check(live, state, excluded)
+        live_before = LiveIndex(live.base, None)
+        live_before.view = before
+        check(live_before, seen, excluded)
+
+
+def test_attributes_that_no_tower_reads_cost_no_embedding():
+    state = {f"item{number}": {"vector": number, "price": 1} for number in range(6)}
+    tower = CountingTower()
+    live = LiveIndex(built_from(state), tower)
+    tower.num_embedded = 0
+    for item_id in state:
+        state[item_id] = {**state[item_id], "price": 2, "tags": ["new"]}
+    live.apply(changes_of("0.2", state))
+    check(live, state)
+    assert (tower.num_embedded, live.num_delta_items, live.num_tombstones) == (0, 6, 0)
+    state["item1"] = {"vector": 7, "price": 3}
+    state["new"] = {"vector": 8, "price": 3}
+    live.apply(changes_of("0.3", {"item1": state["item1"], "new": state["new"]}))
+    check(live, state)
+    assert (tower.num_embedded, live.num_tombstones) == (2, 1)
+    state["new"] = {"vector": 8, "price": 4}
+    state["item1"] = {"vector": 7}
+    live.apply(changes_of("0.4", {"new": state["new"], "item1": state["item1"]}))
+    check(live, state)
+    assert tower.num_embedded == 2
+
+
+def test_what_cannot_be_embedded_is_quarantined_and_comes_back():
+    state = {"good": {"vector": 1}, "bad": {"vector": 2}}
+    live = LiveIndex(built_from(state), CountingTower())
+    step = {"bad": {"price": 1}, "worse": {}}
+    live.apply(changes_of("0.2", step))
+    state.update(step)
+    check(live, state)
+    assert live.num_quarantined == 2
+    live.apply(changes_of("0.3", {"bad": {"vector": 3}, "worse": None}))
+    check(live, {"good": {"vector": 1}, "bad": {"vector": 3}})
+    assert live.num_quarantined == 0
+
+
+def test_a_delta_much_larger_than_the_index_asks_for_a_rebuild(monkeypatch):
+    monkeypatch.setattr("index_service.live._SMALLEST_REBUILD", 2)
+    state = {f"item{number}": {"vector": number} for number in range(10)}
+    live = LiveIndex(built_from(state), CountingTower())
+    live.apply(changes_of("0.2", {"item1": None}))
+    assert not live.needs_rebuild(0.1), "fewer than a rebuild is worth"
+    live.apply(changes_of("0.3", {"item2": {"vector": 11}}))
+    assert live.needs_rebuild(0.1)
+    assert not live.needs_rebuild(0.5)
+
+
+def test_bad_searches_and_unknown_attributes_are_refused():
+    live = LiveIndex(built_from({"a": {"vector": 1, "price": 1}}), CountingTower())
+    live.apply(changes_of("0.2", {"b": {"vector": 2, "tags": ["x"]}}))
+    query = np.eye(DIM, dtype=np.float32)[:1]
+    for embeddings, k in ((query[:, :3], 1), (query, 0), (query * np.nan, 1), (query * 3, 1)):
+        with pytest.raises(InvalidInputError):
+            live.view.search(embeddings, k)
+    hits = live.view.search(query, 2)
+    assert set(live.view.attribute_names) == {"vector", "price", "tags"}
+    with pytest.raises(InvalidInputError, match="unknown attribute 'size'; known: \\['price', 'tags', 'vector'\\]"):
+        live.view.attribute_values("size", hits.rows)
