@@ -2,8 +2,8 @@
 
 Deliberately does not know schemas, towers or indexes: an attribute is a column.
 
-`changes` is an append-only log: one commit per call of `upsert` or `delete`; its columns are `_op`, `_row` (the order
-within the commit), `item_id` and the attributes. `items` is a snapshot. The catalogue is the snapshot plus the changes
+`changes` is an append-only log: one commit per call that writes; its columns are `_op`, `_row` (the order within the
+commit), `item_id` and the attributes. `items` is a snapshot. The catalogue is the snapshot plus the changes
 after it, last one wins, so no crash between two commits can make it wrong, and writers that append at once need no
 common counter: the order between commits is Delta's own commit number.
 
@@ -12,7 +12,7 @@ Spark or any lakehouse tool may write either table: rewrite `items` at will, app
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -60,6 +60,35 @@ class UpsertReport:
     num_duplicates: int
     """Rows whose id came again further down in the same call; the last one won."""
     catalogue_version: str
+
+
+@dataclass(frozen=True)
+class Upsert:
+    """Items to be added or replaced: one row per item, `item_id` (string or integer) and any attributes."""
+
+    items: pa.Table
+
+
+@dataclass(frozen=True)
+class Delete:
+    """Items to be deleted."""
+
+    item_ids: Sequence[str]
+
+
+Edit = Upsert | Delete
+
+
+@dataclass(frozen=True)
+class DeleteReport:
+    """What a deletion did."""
+
+    num_items: int
+    """Different ids."""
+    catalogue_version: str
+
+
+Outcome = UpsertReport | DeleteReport | InvalidInputError | NotFoundError
 
 
 @dataclass(frozen=True)
@@ -119,13 +148,11 @@ class Catalogue:
                 is reserved or whose type differs from the catalogue's. The message names the column.
             ConflictError: too many writers at once; nothing was written.
         """
-        ids = _checked_ids(items)
-        _check_names([name for name in items.column_names if name != ITEM_ID])
-        last_rows = _last_rows(ids)
-        ids = ids.take(last_rows)
-        attributes = items.drop_columns([ITEM_ID]).take(last_rows)
-        version = self._append(_UPSERT, ids, attributes)
-        return UpsertReport(items.num_rows, len(ids), items.num_rows - len(ids), version)
+        (outcome,) = self.commit([Upsert(items)])
+        if isinstance(outcome, InvalidInputError):
+            raise outcome
+        assert isinstance(outcome, UpsertReport)
+        return outcome
 
     def delete(self, item_ids: Sequence[str]) -> int:
         """Deletes items, in one atomic commit; ids that the catalogue does not hold are allowed.
@@ -140,11 +167,45 @@ class Catalogue:
         """
         if not item_ids:
             return 0
-        ids = _checked_ids(pa.table({ITEM_ID: pa.array(dict.fromkeys(item_ids), pa.string())}))
-        if self.version() is None:
-            raise _nothing_loaded()
-        self._append(_DELETE, ids, pa.table({ITEM_ID: ids}).drop_columns([ITEM_ID]))
-        return len(ids)
+        (outcome,) = self.commit([Delete(item_ids)])
+        if isinstance(outcome, InvalidInputError | NotFoundError):
+            raise outcome
+        return outcome.num_items
+
+    def commit(self, edits: Sequence[Edit]) -> list[Outcome]:
+        """Makes several edits in their order, in one atomic commit. Durable on return.
+
+        Args:
+            edits: Each is made whole or not at all. One that is wrong is left out and hinders no other.
+
+        Returns:
+            What became of each edit: a report, or the error that `upsert` or `delete` would raise.
+
+        Raises:
+            ConflictError: too many writers at once; nothing was written.
+        """
+        parts = [_part_of(edit) for edit in edits]
+        for _ in range(_WRITE_ATTEMPTS):
+            schema = self._changes.schema()
+            is_empty = schema is None and self._items.schema() is None
+            conformed = _conformed_parts(parts, self.attribute_types(), is_empty=is_empty)
+            tables = [part.table for part in conformed if isinstance(part, _Part)]
+            try:
+                number = self._append(schema, tables) if tables else self._changes.last_edit()
+            except ConflictError:
+                continue  # Another writer created the table or added a column: look again.
+            version = _named((self._items.last_edit(), number))
+            return [part.report(version) if isinstance(part, _Part) else part for part in conformed]
+        raise ConflictError("too many writers change the catalogue at once; try again")
+
+    def attribute_types(self) -> dict[str, pa.DataType]:
+        """The type of each attribute, by name; empty before the first load. Costs two small reads."""
+        types: dict[str, pa.DataType] = {}
+        for schema in (self._items.schema(), self._changes.schema()):
+            for field in schema if schema is not None else ():
+                if field.name not in (ITEM_ID, _OP, _ROW):
+                    types.setdefault(field.name, _stored_type(field.type) or field.type)
+        return types
 
     def version(self) -> str | None:
         """The version now, None before the first load. The same string means the same state.
@@ -228,22 +289,13 @@ class Catalogue:
             ),
         )
 
-    def _append(self, op: str, ids: pa.Array, attributes: pa.Table) -> str:
-        for _ in range(_WRITE_ATTEMPTS):
-            changes = self._changes.open()
-            existing = _attribute_types(self._items.open(), changes)
-            columns = {
-                _OP: pa.array([op] * len(ids), pa.string()),
-                _ROW: pa.array(range(len(ids)), pa.int64()),
-                ITEM_ID: ids,
-                **_conformed(attributes, existing),
-            }
-            try:
-                number = self._changes.write(changes, pa.table(columns), mode="append", schema_mode="merge")
-            except ConflictError:
-                continue  # Another writer created the table or added a column: look again.
-            return _named((self._items.last_edit(), number))
-        raise ConflictError("too many writers change the catalogue at once; try again")
+    def _append(self, schema: pa.Schema | None, tables: Sequence[pa.Table]) -> int:
+        rows = pa.concat_tables(tables, promote_options="default")
+        rows = rows.take(_last_rows(rows[ITEM_ID]))
+        rows = rows.add_column(1, _ROW, pa.array(range(rows.num_rows), pa.int64()))
+        if schema is not None and set(rows.column_names) <= set(schema.names):
+            return self._changes.append(rows, "WRITE")
+        return self._changes.write(self._changes.open(), rows, mode="append", schema_mode="merge")
 
     def _parsed(self, version: str) -> tuple[int, int]:
         match = _VERSION.fullmatch(version)
@@ -379,13 +431,60 @@ def _last_rows(ids: pa.Array) -> pa.Array:
     return last.sort()
 
 
-def _attribute_types(*tables: DeltaTable | None) -> dict[str, pa.DataType]:
-    types: dict[str, pa.DataType] = {}
-    for table in tables:
-        for field in pa.schema(table.schema().to_arrow()) if table is not None else ():
-            if field.name not in (ITEM_ID, _OP, _ROW):
-                types.setdefault(field.name, _stored_type(field.type) or field.type)
-    return types
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one edit."""
+
+    table: pa.Table
+    """`_op`, `item_id` and the attributes; each id once."""
+    num_rows: int
+    """Rows that were given."""
+    is_upsert: bool
+
+    def report(self, version: str) -> UpsertReport | DeleteReport:
+        num_items = self.table.num_rows
+        if self.is_upsert:
+            return UpsertReport(self.num_rows, num_items, self.num_rows - num_items, version)
+        return DeleteReport(num_items, version)
+
+
+def _part_of(edit: Edit) -> _Part | InvalidInputError:
+    items = edit.items if isinstance(edit, Upsert) else pa.table({ITEM_ID: pa.array(edit.item_ids, pa.string())})
+    try:
+        ids = _checked_ids(items)
+        _check_names([name for name in items.column_names if name != ITEM_ID])
+    except InvalidInputError as error:
+        return error
+    last_rows = _last_rows(ids)
+    op = pa.array([_UPSERT if isinstance(edit, Upsert) else _DELETE] * len(last_rows), pa.string())
+    attributes = items.drop_columns([ITEM_ID]).take(last_rows)
+    table = pa.table(
+        {_OP: op, ITEM_ID: ids.take(last_rows), **{name: attributes[name] for name in attributes.column_names}}
+    )
+    return _Part(table, items.num_rows, isinstance(edit, Upsert))
+
+
+def _conformed_parts(
+    parts: Sequence[_Part | InvalidInputError], types: dict[str, pa.DataType], *, is_empty: bool
+) -> list[_Part | InvalidInputError | NotFoundError]:
+    """The parts in the types of the catalogue, to which each adds those of its new attributes."""
+    conformed: list[_Part | InvalidInputError | NotFoundError] = []
+    for part in parts:
+        if isinstance(part, InvalidInputError):
+            conformed.append(part)
+        elif is_empty and not part.is_upsert:
+            conformed.append(_nothing_loaded())
+        else:
+            try:
+                columns = _conformed(part.table.drop_columns([_OP, ITEM_ID]), types)
+            except InvalidInputError as error:
+                conformed.append(error)
+                continue
+            types = {**types, **{name: column.type for name, column in columns.items()}}
+            is_empty = False
+            table = pa.table({name: part.table[name] for name in (_OP, ITEM_ID)} | columns)
+            conformed.append(replace(part, table=table))
+    return conformed
 
 
 def _conformed(attributes: pa.Table, existing: dict[str, pa.DataType]) -> dict[str, pa.Array]:

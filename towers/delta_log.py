@@ -4,10 +4,14 @@ Deliberately does not know what the rows mean. The one place where deltalake's e
 """
 
 import json
+import logging
 import threading
+import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -27,6 +31,13 @@ COMPACTED_EDIT = "twotower.compacted_edit"
 _PARALLEL_READS = 8
 _NUM_RECENT = 16
 """Commits that are kept in memory: the newest are looked at several times."""
+
+_CHECKPOINT_INTERVAL = 100
+"""Commits between two summaries of the log where the table does not say; Delta's own default."""
+_LAST_PLAIN_WRITER_VERSION = 4
+"""Up to here all that Delta may ask of a writer is in a table's configuration and in its columns' metadata."""
+
+_log = logging.getLogger(__name__)
 
 
 class DeltaLog:
@@ -49,6 +60,7 @@ class DeltaLog:
         self._path = path
         self._url = f"{store.url}/{self._path}"
         self._lock = threading.Lock()
+        self._shape: _Shape | None = None
         self._num_commits = 0
         self._last_edit = 0
         self._recent: dict[int, list[dict[str, Any]]] = {}
@@ -96,6 +108,77 @@ class DeltaLog:
                 raise
             return 1
 
+    def schema(self) -> pa.Schema | None:
+        """The columns of the table; None when there is no table. Costs one small read while the columns stay."""
+        self.last_edit()
+        shape = self._shape
+        if shape is None:
+            table = self.open()
+            if table is None:
+                return None
+            with translated(self._path):
+                shape = self._shape = _Shape.of(table)
+        return shape.schema
+
+    def append(self, rows: pa.Table, operation: str) -> int:
+        """Commits rows whose columns the table has; returns the commit's number. Durable on return.
+
+        Costs the same however long the log is: deltalake's own writer goes through all files of the table. Others that
+        append meanwhile are no conflict, the commit comes after theirs.
+
+        Args:
+            rows: Columns that `schema` has, in its types; others of the table are null.
+            operation: What the commit info calls it.
+
+        Raises:
+            ConflictError: the table is gone or its columns changed; nothing was written.
+        """
+        file = f"part-00000-{uuid.uuid4()}-c000.snappy.parquet"
+        schema = self.schema()
+        if schema is None:
+            raise ConflictError(f"{self._path} is gone")
+        shape = self._shape
+        if shape is None or not shape.is_plain:
+            table = self.open()
+            if table is None:
+                raise ConflictError(f"{self._path} is gone")
+            return self.write(table, rows, mode="append", schema_mode="merge")
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows.cast(pa.schema([schema.field(name) for name in rows.column_names])), sink)
+        content = sink.getvalue()
+        self._store.put_durable(f"{self._path}/{file}", content.to_pybytes())
+        now_ms = time.time_ns() // 1_000_000
+        actions: Sequence[dict[str, Any]] = (
+            {"commitInfo": {"timestamp": now_ms, "operation": operation, "operationParameters": {"mode": "Append"}}},
+            {
+                "add": {
+                    "path": file,
+                    "partitionValues": {},
+                    "size": content.size,
+                    "modificationTime": now_ms,
+                    "dataChange": True,
+                    "stats": json.dumps({"numRecords": rows.num_rows}),
+                }
+            },
+        )
+        commit = "\n".join(map(json.dumps, actions)).encode()
+        while True:
+            number = self.num_commits() + 1
+            if self._shape is not shape:
+                self._store.delete(f"{self._path}/{file}")
+                raise ConflictError(f"the columns of {self._path} changed")
+            try:
+                self._store.put_durable(self._commit_path(number), commit)
+            except ConflictError:
+                # A client of a store that repeats a request may meet its own commit.
+                if any(action.get("add", {}).get("path") == file for action in self._actions(number) or ()):
+                    break
+                continue
+            break
+        if number % shape.checkpoint_interval == 0:
+            self._checkpoint()
+        return number
+
     def num_commits(self) -> int:
         """Number of commits now."""
         self.last_edit()
@@ -112,6 +195,8 @@ class DeltaLog:
                 self._last_edit = self.edit_at(number)
                 self._num_commits = number
             while (actions := self._actions(self._num_commits + 1)) is not None:
+                if any("metaData" in action or "protocol" in action for action in actions):
+                    self._shape = None
                 edit = _edit(actions, self._num_commits + 1)
                 self._last_edit = self._last_edit if edit is None else edit
                 self._num_commits += 1
@@ -175,7 +260,7 @@ class DeltaLog:
         known = self._recent.get(number)
         if known is not None:
             return known
-        path = f"{self._path}/_delta_log/{number - 1:020}.json"
+        path = self._commit_path(number)
         try:
             content = self._store.get(path)
         except NotFoundError:
@@ -187,6 +272,42 @@ class DeltaLog:
         self._recent[number] = actions
         self._recent.pop(number - _NUM_RECENT, None)
         return actions
+
+    def _checkpoint(self) -> None:
+        """Sums the log up, so that opening the table stays fast. Not worth a commit that is durable already."""
+        table = self.open()
+        if table is not None:
+            try:
+                with translated(self._path):
+                    table.create_checkpoint()
+            except TwoTowerError as error:
+                _log.warning("%s: its log has no new checkpoint: %s", self._path, error)
+
+    def _commit_path(self, number: int) -> str:
+        return f"{self._path}/_delta_log/{number - 1:020}.json"
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a writer must know of a table."""
+
+    schema: pa.Schema
+    is_plain: bool
+    """Whether an append is no more than a file and a commit that names it."""
+    checkpoint_interval: int
+
+    @classmethod
+    def of(cls, table: DeltaTable) -> "_Shape":
+        metadata, protocol = table.metadata(), table.protocol()
+        schema = pa.schema(table.schema().to_arrow())
+        is_plain = (
+            protocol.min_reader_version == 1
+            and protocol.min_writer_version <= _LAST_PLAIN_WRITER_VERSION
+            and not metadata.partition_columns
+            and not any(name.startswith("delta.constraints.") for name in metadata.configuration)
+            and not any(field.metadata for field in schema)
+        )
+        return cls(schema, is_plain, int(metadata.configuration.get("delta.checkpointInterval", _CHECKPOINT_INTERVAL)))
 
 
 def _edit(actions: Sequence[dict[str, Any]], number: int) -> int | None:

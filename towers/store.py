@@ -48,6 +48,7 @@ class Store:
             if scheme not in _REMOTE_SCHEMES:
                 raise InvalidInputError(f"store {url!r}: use a folder or one of s3://, gs://, az://")
             self.url = url.rstrip("/")
+            self._is_folder = False
             try:
                 # Given client options, obstore no longer reads this one from the environment.
                 allow_http = _is_true(os.environ.get(f"{_REMOTE_SCHEMES[scheme]}_ALLOW_HTTP", ""))
@@ -70,6 +71,7 @@ class Store:
             }
             return
         self.storage_options = {}
+        self._is_folder = True
         folder = Path(url.removeprefix("file://")).absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +93,23 @@ class Store:
                 raise ConflictError(f"{path} exists already") from error
             except (FileNotFoundError, ObjectNotFoundError) as error:
                 raise StoreUnavailableError(f"{path}: the bucket does not exist: {_first_line(error)}") from error
+
+    def put_durable(self, path: str, content: bytes) -> None:
+        """Writes an object as `put_new` does, and returns when it would outlive a loss of power.
+
+        Raises:
+            ConflictError: the object exists; it is unchanged.
+        """
+        self.put_new(path, content)
+        if self._is_folder:  # The other stores promise it for every object; a folder keeps it in memory for a while.
+            with _translated(path):
+                file = Path(self.url, path)
+                for part in (file, file.parent):
+                    descriptor = os.open(part, os.O_RDONLY)
+                    try:
+                        os.fsync(descriptor)
+                    finally:
+                        os.close(descriptor)
 
     def get(self, path: str) -> bytes:
         """Reads an object.

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_checkpoint import toy_items
 
-from towers.catalogue import Catalogue, partition, shard_of
+from towers.catalogue import Catalogue, Delete, DeleteReport, Upsert, UpsertReport, partition, shard_of
 from towers.errors import (
     ConflictError,
     CorruptArtefactError,
@@ -353,6 +353,91 @@ def test_compaction_gives_way_to_a_foreign_writer(folder_url: str, monkeypatch: 
         catalogue.compact()
     monkeypatch.undo()
     assert _rows(catalogue) == {"1": {"n": 1}, "2": {"n": 2}, "3": {"n": 3}}
+
+
+def test_several_edits_in_one_commit_keep_their_order(store_url: str) -> None:
+    catalogue = Catalogue(Store(store_url))
+    outcomes = catalogue.commit(
+        [
+            Delete(["early"]),
+            Upsert(pa.table({"item_id": ["a", "b", "a", "c"], "n": [1, 1, 2, 1]})),
+            Delete(["b", "b", "x"]),
+            Upsert(pa.table({"item_id": ["c", "d"], "n": ["text", "text"]})),
+            Delete(["", "a"]),
+            Upsert(pa.table({"item_id": ["b", "e"], "n": [3, 3], "m": ["new", None]})),
+            Delete(["c"]),
+        ]
+    )
+    early, first, second, wrong_type, wrong_id, third, last = outcomes
+    assert isinstance(early, NotFoundError)
+    assert first == UpsertReport(4, 3, 1, "0.1")
+    assert second == DeleteReport(2, "0.1")
+    assert isinstance(wrong_type, InvalidInputError)
+    assert "column 'n': its type is string, in the catalogue it is int64" in str(wrong_type)
+    assert isinstance(wrong_id, InvalidInputError)
+    assert "row 0: the id is empty" in str(wrong_id)
+    assert third == UpsertReport(2, 2, 0, "0.1")
+    assert last == DeleteReport(1, "0.1")
+    assert _rows(catalogue) == {"a": {"n": 2}, "b": {"n": 3, "m": "new"}, "e": {"n": 3}}
+    assert catalogue.attribute_types() == {"n": pa.int64(), "m": pa.string()}
+    assert catalogue.commit([Delete([""])])[0].__class__ is InvalidInputError
+    assert catalogue.version() == "0.1", "nothing was right, so nothing was written"
+
+
+def test_other_tools_read_what_is_appended(store_url: str) -> None:
+    store = Store(store_url)
+    catalogue = Catalogue(store)
+    moment = datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC)
+    rows = {"item_id": ["a", "b"], "n": [1, None], "tags": [["x"], []], "at": [moment, None]}
+    for _ in range(3):
+        catalogue.upsert(pa.table(rows))
+    catalogue.delete(["b"])
+    changes = DeltaTable(f"{store_url}/catalog/changes", storage_options=store.storage_options)
+    assert changes.version() == 3
+    rows_read = pa.table(changes.scan()).to_pylist()
+    assert len(rows_read) == 7
+    deletion = {"_op": "delete", "_row": 0, "item_id": "b", "n": None, "tags": None, "at": None}
+    assert [row for row in rows_read if row["_op"] == "delete"] == [deletion]
+    assert [row["at"] for row in rows_read if row["item_id"] == "a"] == [moment] * 3
+    assert len(changes.file_uris()) == 4
+
+
+def test_appending_costs_the_same_however_long_the_log_is(folder_url: str) -> None:
+    store = CountingStore(folder_url)
+    catalogue = Catalogue(store)
+    catalogue.upsert(toy_items(3))
+    catalogue.compact()
+    counts = []
+    for _ in range(120):
+        store.num_gets = 0
+        catalogue.upsert(toy_items(3))
+        counts.append(store.num_gets)
+    assert counts[5] == counts[-5] <= 10
+    assert list(Path(folder_url, "catalog/changes/_delta_log").glob("*.checkpoint.parquet")), (
+        "opening it stays fast too"
+    )
+    assert len(catalogue.read().items) == 3
+
+
+def test_a_writer_sees_columns_that_another_one_added(folder_url: str) -> None:
+    first, second = Catalogue(Store(folder_url)), Catalogue(Store(folder_url))
+    first.upsert(pa.table({"item_id": ["a"], "n": [1]}))
+    second.upsert(pa.table({"item_id": ["b"], "n": [1]}))
+    first.upsert(pa.table({"item_id": ["c"], "m": [1.5]}))
+    with pytest.raises(InvalidInputError, match="column 'm': its type is string, in the catalogue it is double"):
+        second.upsert(pa.table({"item_id": ["d"], "m": ["x"]}))
+    second.upsert(pa.table({"item_id": ["d"], "m": [2]}))
+    assert _rows(first) == {"a": {"n": 1}, "b": {"n": 1}, "c": {"m": 1.5}, "d": {"m": 2.0}}
+
+
+def test_a_table_that_asks_more_of_its_writers(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(pa.table({"item_id": ["a"], "n": [1]}))
+    DeltaTable(f"{folder_url}/catalog/changes").alter.add_constraint({"small": "n < 10"})
+    catalogue.upsert(pa.table({"item_id": ["b"], "n": [2]}))
+    with pytest.raises(Exception, match="validation"):
+        catalogue.upsert(pa.table({"item_id": ["c"], "n": [20]}))
+    assert _rows(catalogue) == {"a": {"n": 1}, "b": {"n": 2}}
 
 
 _KILLED_WRITER = """
