@@ -3,30 +3,68 @@
 Deliberately knows nothing of how any of these is done.
 """
 
+import logging
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from retrieval.feature.v1 import feature_pb2
 from retrieval.query.v1 import query_service_pb2
 
+from query_service.canary import is_canary
 from query_service.deadline import Deadline
 from query_service.embed import Embedded, Embedder
 from query_service.fan_out import Outcome, Search, Shards
 from query_service.merge import Ranking, merge
 from query_service.offload import Offload
 from query_service.parse import Limits, Question, features_of, question_of
+from query_service.shadow import ItemIds, Shadow
+from query_service.traffic import Tally, Traffic
 from query_service.versions import Pin, Versions
+from towers.errors import InvalidInputError, NotReadyError, TwoTowerError, VersionNotLoadedError
+
+_CANARY_TIME_SHARE = 0.5
+"""Of the time that is left: the rest is for the live version, should the standby version fail."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the shards found, all at one version and on one layout."""
+
+    pin: Pin
+    embedded: Embedded
+    outcome: Outcome
+    started_s: float
+    """On the clock of `time.perf_counter`."""
+
+    @property
+    def seconds(self) -> float:
+        """Since the version was asked."""
+        return time.perf_counter() - self.started_s
 
 
 class Retriever:
     """Answers queries. A single query is a batch of one."""
 
     def __init__(
-        self, versions: Versions, embedder: Embedder, shards: Shards, offload: Offload, limits: Limits
+        self,
+        versions: Versions,
+        embedder: Embedder,
+        shards: Shards,
+        offload: Offload,
+        traffic: Traffic,
+        shadow: Shadow,
+        limits: Limits,
     ) -> None:
         self._versions = versions
         self._embedder = embedder
         self._shards = shards
         self._offload = offload
+        self._traffic = traffic
+        self._shadow = shadow
         self._limits = limits
 
     async def retrieve(
@@ -53,19 +91,13 @@ class Retriever:
         """
         deadline.require_time()
         question = question_of(request, queries, self._limits)
-        pin = self._versions.pin()
-        embedded, outcome = await self._search(question, pin, deadline)
-        if outcome.lacks_version:
-            # A shard follows a newer record than this replica.
-            await self._versions.refresh(deadline)
-            newer = self._versions.pin()
-            if newer.place != pin.place:
-                pin = newer
-                embedded, outcome = await self._search(question, pin, deadline)
-        outcome.require(question.num_shards_needed)
-        num_queries, num_attributes = len(question.queries), len(question.attribute_names)
-        rankings = await self._offload.run(num_queries, merge, outcome.hits, num_queries, question.k, num_attributes)
-        return await self._offload.run(num_queries, _responses, question, pin, embedded, outcome, rankings)
+        tally = self._traffic.under(self._versions.deployment.revision)
+        answer = await self._answer(question, tally, deadline)
+        rankings = await self._rankings(question, answer)
+        responses = await self._offload.run(len(queries), _responses, question, answer, rankings)
+        tally.count(answer.pin.place, answer.seconds, is_error=False)
+        self._let_standby_follow(question, answer, rankings)
+        return responses
 
     async def embed(
         self, queries: Sequence[query_service_pb2.Query], deadline: Deadline
@@ -86,7 +118,55 @@ class Retriever:
             checkpoint_version=pin.version,
         )
 
-    async def _search(self, question: Question, pin: Pin, deadline: Deadline) -> tuple[Embedded, Outcome]:
+    async def _answer(self, question: Question, tally: Tally, deadline: Deadline) -> Answer:
+        """By the live version or, for the canary's share, by the standby version as a whole, where it can."""
+        standby = self._versions.standby
+        if standby is None or not is_canary(question.queries, self._versions.canary_share):
+            return await self._live_answer(question, tally, deadline)
+        started_s = time.perf_counter()
+        try:
+            return await self._standby_answer(question, deadline.share(_CANARY_TIME_SHARE))
+        except Exception as error:  # Whatever it is, the live version may know the answer.
+            seconds = time.perf_counter() - started_s
+            # What the live version fails at too says nothing against the standby version.
+            answer = await self._live_answer(question, tally, deadline)
+            if not tally.num_errors(standby):
+                is_bug = not isinstance(error, TwoTowerError)
+                _log.warning("version %d fails as a canary: %s", standby.version, error, exc_info=is_bug)
+            tally.count(standby, seconds, is_error=True)
+            return answer
+
+    async def _live_answer(self, question: Question, tally: Tally, deadline: Deadline) -> Answer:
+        pin, started_s = self._versions.pin(), time.perf_counter()
+        try:
+            answer = await self._ask(question, pin, deadline)
+            if answer.outcome.lacks_version:
+                # A shard follows a newer record than this replica.
+                await self._versions.refresh(deadline)
+                newer = self._versions.pin()
+                if newer.place != pin.place:
+                    pin = newer
+                    answer = await self._ask(question, pin, deadline)
+            answer.outcome.require(question.num_shards_needed)
+        except InvalidInputError:
+            raise
+        except Exception:
+            tally.count(pin.place, time.perf_counter() - started_s, is_error=True)
+            raise
+        return answer
+
+    async def _standby_answer(self, question: Question, deadline: Deadline) -> Answer:
+        pin = self._versions.standby_pin
+        if pin is None:
+            raise NotReadyError("the standby version is not loaded here")
+        answer = await self._ask(question, pin, deadline)
+        if answer.outcome.lacks_version:
+            raise VersionNotLoadedError("; ".join(failure.reason for failure in answer.outcome.failures))
+        answer.outcome.require(question.num_shards_needed)
+        return answer
+
+    async def _ask(self, question: Question, pin: Pin, deadline: Deadline) -> Answer:
+        started_s = time.perf_counter()
         embedded = await self._embedder.embed(question.queries, pin)
         deadline.require_time()
         search = Search(
@@ -98,13 +178,39 @@ class Retriever:
             filter=question.filter,
             num_shards=pin.num_shards,
         )
-        return embedded, await self._shards.search(search, question.num_shards_needed, deadline)
+        outcome = await self._shards.search(search, question.num_shards_needed, deadline)
+        return Answer(pin, embedded, outcome, started_s)
+
+    async def _rankings(self, question: Question, answer: Answer) -> list[Ranking]:
+        num_queries, num_attributes = len(question.queries), len(question.attribute_names)
+        return await self._offload.run(num_queries, merge, answer.outcome.hits, num_queries, question.k, num_attributes)
+
+    def _let_standby_follow(self, question: Question, answer: Answer, rankings: Sequence[Ranking]) -> None:
+        """Has the standby version answer too, if this belongs to the sample, once the live answer has left."""
+        standby = self._versions.standby_pin
+        if standby is None or standby.place == answer.pin.place or answer.outcome.failures:
+            return
+        if self._shadow.wants(len(question.queries)):
+            self._shadow.compare(
+                live=answer.pin.place,
+                standby=standby.place,
+                item_ids=[ranking.item_ids for ranking in rankings],
+                live_s=answer.seconds,
+                ask=partial(self._shadow_item_ids, replace(question, attribute_names=()), standby),
+            )
+
+    async def _shadow_item_ids(self, question: Question, standby: Pin, deadline: Deadline) -> ItemIds:
+        answer = await self._ask(question, standby, deadline)
+        if answer.outcome.lacks_version:
+            raise VersionNotLoadedError(f"a shard does not hold version {standby.version}")
+        answer.outcome.require(answer.outcome.num_shards)
+        return [ranking.item_ids for ranking in await self._rankings(question, answer)]
 
 
 def _responses(
-    question: Question, pin: Pin, embedded: Embedded, outcome: Outcome, rankings: Sequence[Ranking]
+    question: Question, answer: Answer, rankings: Sequence[Ranking]
 ) -> list[query_service_pb2.RetrieveResponse]:
-    reasons = [failure.reason for failure in outcome.failures]
+    reasons = [failure.reason for failure in answer.outcome.failures]
     return [
         query_service_pb2.RetrieveResponse(
             item_ids=ranking.item_ids,
@@ -113,11 +219,11 @@ def _responses(
                 feature_pb2.AttributeColumn(name=name, values=values)
                 for name, values in zip(question.attribute_names, ranking.attributes, strict=True)
             ],
-            checkpoint_version=pin.version,
-            shards_answered=len(outcome.hits),
-            shards_total=outcome.num_shards,
+            checkpoint_version=answer.pin.version,
+            shards_answered=len(answer.outcome.hits),
+            shards_total=answer.outcome.num_shards,
             degraded_reasons=reasons,
             embedding_cached=is_cached,
         )
-        for ranking, is_cached in zip(rankings, embedded.is_cached, strict=True)
+        for ranking, is_cached in zip(rankings, answer.embedded.is_cached, strict=True)
     ]

@@ -18,6 +18,8 @@ from query_service.parse import Limits
 from query_service.retrieve import Retriever
 from query_service.service import SERVICE_NAME, QueryService
 from query_service.settings import QuerySettings
+from query_service.shadow import Shadow
+from query_service.traffic import Traffic
 from query_service.versions import Versions
 from towers.rpc import RpcServer, until_stopped
 from towers.store import Store
@@ -47,7 +49,9 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
     cache = EmbeddingCache(settings.redis_url, settings.cache_ttl_s, settings.cache_timeout_s)
     offload = Offload()
     limits = Limits(settings.max_k, settings.max_batch_size, max(shards.num_shards))
-    retriever = Retriever(versions, Embedder(cache, offload), shards, offload, limits)
+    traffic = Traffic()
+    shadow = Shadow(settings.shadow_share, settings.default_timeout_s)
+    retriever = Retriever(versions, Embedder(cache, offload), shards, offload, traffic, shadow, limits)
     server = RpcServer(
         settings.address,
         SERVICE_NAME,
@@ -56,7 +60,7 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
         reflect=settings.reflection,
     )
     query_service_pb2_grpc.add_QueryServiceServicer_to_server(
-        QueryService(retriever, versions, shards, cache, settings.default_timeout_s), server.grpc
+        QueryService(retriever, versions, shards, cache, traffic, shadow, settings.default_timeout_s), server.grpc
     )
     background: list[asyncio.Task[None]] = []
     try:
@@ -73,6 +77,7 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        await shadow.close()
         await shards.close()
         await cache.close()
         offload.close()

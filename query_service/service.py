@@ -12,6 +12,8 @@ from query_service.cache import EmbeddingCache
 from query_service.deadline import Deadline
 from query_service.fan_out import Shards
 from query_service.retrieve import Retriever
+from query_service.shadow import Comparison, Shadow
+from query_service.traffic import Traffic
 from query_service.versions import TowerState, Versions
 
 SERVICE_NAME = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
@@ -34,12 +36,16 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         versions: Versions,
         shards: Shards,
         cache: EmbeddingCache,
+        traffic: Traffic,
+        shadow: Shadow,
         default_timeout_s: float,
     ) -> None:
         self._retriever = retriever
         self._versions = versions
         self._shards = shards
         self._cache = cache
+        self._traffic = traffic
+        self._shadow = shadow
         self._default_timeout_s = default_timeout_s
 
     async def Retrieve(  # noqa: N802
@@ -67,11 +73,12 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         request: query_service_pb2.GetStatusRequest,  # noqa: ARG002
         context: _Context,  # noqa: ARG002
     ) -> query_service_pb2.GetStatusResponse:
-        """Returns the versions this replica serves, its shards and its cache."""
-        standby = self._versions.standby
+        """Returns the versions this replica serves, its traffic, its shards and its cache."""
+        live, standby = self._versions.live, self._versions.standby
+        revision = self._versions.deployment.revision
         return query_service_pb2.GetStatusResponse(
-            deployment_revision=self._versions.deployment.revision,
-            live_version=self._versions.live_version or 0,
+            deployment_revision=revision,
+            live_version=live.version if live else 0,
             standby_version=standby.version if standby else 0,
             towers=[
                 query_service_pb2.TowerStatus(
@@ -101,10 +108,36 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
             ),
             features=[
                 query_service_pb2.QueryFeature(name=feature.name, kind=feature.kind)
-                for feature in self._versions.live_features
+                for feature in (live.tower.encoder.features if live else ())
+            ],
+            shadow=_shadow_message(self._shadow.between(live.place, standby)) if live and standby else None,
+            traffic=[
+                query_service_pb2.VersionTraffic(
+                    checkpoint_version=place.version,
+                    num_shards=place.num_shards,
+                    num_requests=count.num_requests,
+                    num_errors=count.num_errors,
+                    p50_s=count.latencies.quantile_s(0.5),
+                    p99_s=count.latencies.quantile_s(0.99),
+                )
+                for place, count in sorted(self._traffic.under(revision).counts.items())
             ],
         )
 
     def _deadline(self, context: _Context) -> Deadline:
         remaining_s = context.time_remaining()
         return Deadline.after(self._default_timeout_s if remaining_s is None else remaining_s)
+
+
+def _shadow_message(comparison: Comparison) -> query_service_pb2.ShadowStatus:
+    return query_service_pb2.ShadowStatus(
+        checkpoint_version=comparison.standby.version,
+        live_version=comparison.live.version,
+        num_queries=comparison.num_queries,
+        num_errors=comparison.num_errors,
+        mean_overlap=comparison.mean_overlap,
+        live_p50_s=comparison.live_latencies.quantile_s(0.5),
+        live_p99_s=comparison.live_latencies.quantile_s(0.99),
+        standby_p50_s=comparison.standby_latencies.quantile_s(0.5),
+        standby_p99_s=comparison.standby_latencies.quantile_s(0.99),
+    )

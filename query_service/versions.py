@@ -15,7 +15,6 @@ from query_service.deadline import Deadline
 from towers.checkpoint import TOWER_FILES, CheckpointStore
 from towers.deployment import NO_DEPLOYMENT, Deployment, DeploymentStore
 from towers.errors import CorruptArtefactError, InvalidInputError, NotReadyError, TwoTowerError
-from towers.schema import Feature
 from towers.store import Store
 from towers.tower import Tower
 
@@ -130,14 +129,14 @@ class Versions:
         """Set once a version answers."""
 
     @property
-    def live_version(self) -> int | None:
+    def live(self) -> Pin | None:
         """The version that answers; None before the first."""
-        return self._adopted.version if self._adopted else None
+        return self._adopted
 
     @property
-    def live_features(self) -> Sequence[Feature]:
-        """Query features of the version that answers."""
-        return self._adopted.tower.encoder.features if self._adopted else ()
+    def live_version(self) -> int | None:
+        """Its number."""
+        return self._adopted.version if self._adopted else None
 
     def pin(self) -> Pin:
         """The version that answers a request that arrives now.

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -38,11 +39,14 @@ class World:
         return CheckpointStore(self.store).publish(model.draft()).version
 
     def deploy(self, live: int, standby: int | None = None, **changes: Any) -> Deployment:
-        """Writes the next record."""
+        """Writes the next record, with its defaults where nothing is said."""
         records = DeploymentStore(self.store)
-        current = records.current()
-        update = {"revision": current.revision + 1, "live_version": live, "standby_version": standby, **changes}
-        deployment = current.model_copy(update=update)
+        deployment = Deployment(
+            revision=records.current().revision + 1,
+            live_version=live,
+            standby_version=standby,
+            **{"held": False, "reason": "test", "created": datetime.now(UTC), **changes},
+        )
         records.write(deployment)
         return deployment
 

@@ -22,6 +22,8 @@ from query_service.fan_out import Shards
 from query_service.offload import Offload
 from query_service.parse import Limits
 from query_service.retrieve import Retriever
+from query_service.shadow import Shadow
+from query_service.traffic import Traffic
 from query_service.versions import Versions
 from towers.checkpoint import CheckpointDraft, CheckpointStore, GoldenExamples
 from towers.errors import DeadlineError
@@ -220,7 +222,8 @@ def test_a_deadline_that_has_passed_starts_no_work(world: World, models: dict[in
         async with ExactShard(0, 1, models) as shard:
             versions, shards, offload = Versions(world.store, 0.02, [1]), Shards([((shard.address,),)]), Offload()
             embedder = Embedder(EmbeddingCache("", ttl_s=1, timeout_s=1), offload)
-            retriever = Retriever(versions, embedder, shards, offload, Limits(10, 10, 1))
+            shadow = Shadow(0.0, PATIENCE_S)
+            retriever = Retriever(versions, embedder, shards, offload, Traffic(), shadow, Limits(10, 10, 1))
             following = asyncio.create_task(versions.follow())
             await versions.ready.wait()
             request = query_service_pb2.RetrieveRequest(query=query_of(QUERIES[0]), k=5)

@@ -304,6 +304,30 @@ def test_features_of_the_other_version_are_left_out(empty_world: World) -> None:
     asyncio.run(check())
 
 
+def test_a_canary_takes_the_features_of_either_version_too(empty_world: World) -> None:
+    models = {1: toy_model(), 2: toy_model(seed=2)}
+    empty_world.publish(models[1])
+    CheckpointStore(empty_world.store).publish(with_clicks(models[2].draft()))
+    empty_world.deploy(live=1, standby=2, canary_share=1.0)
+
+    async def check() -> None:
+        available = query_service_pb2.TOWER_STATE_AVAILABLE
+        async with running(empty_world, models) as system:
+            await until(system.status, lambda status: [tower.state for tower in status.towers] == [available] * 2)
+            for sent, expected in ((QUERY, {"user_id": "1"}), ({"user_id": "1", "clicks": ["3", "4"]}, QUERY)):
+                response = await system.retrieve(sent)
+                assert response.checkpoint_version == 2
+                assert_exact(response, models[2], expected)
+            code, message = await status_code(system.retrieve({"clikcs": ["3"]}))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert "unknown feature 'clikcs'" in message
+            assert [(count.checkpoint_version, count.num_errors) for count in (await system.status()).traffic] == [
+                (2, 0)
+            ]
+
+    asyncio.run(check())
+
+
 def with_clicks(draft: CheckpointDraft) -> CheckpointDraft:
     """The same model, whose feature `history` is called `clicks`."""
     declarations = [{**feature, "name": _renamed(feature["name"])} for feature in TOY_FEATURES]
