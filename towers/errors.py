@@ -69,6 +69,12 @@ class StoreUnavailableError(TwoTowerError):
     status = grpc.StatusCode.UNAVAILABLE
 
 
+class TooLittleMemoryError(TwoTowerError):
+    """More memory than there is would be needed; nothing was allocated. The message names both figures."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 class VersionNotLoadedError(TwoTowerError):
     """A checkpoint version that this process does not hold."""
 
@@ -103,9 +109,3 @@ class DeadlineError(TwoTowerError):
     """The caller's deadline passed before the work was done."""
 
     status = grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-class OverloadedError(TwoTowerError):
-    """More is asked at once than can be held; retry with backoff."""
-
-    status = grpc.StatusCode.RESOURCE_EXHAUSTED
