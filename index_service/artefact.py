@@ -13,7 +13,8 @@ The layout, below `indexes/<checkpoint_version>/<shard>-of-<num_shards>/<catalog
 
 Every build writes into a folder of its own, so two builders never mix files; of two that finish together the manifest
 picks one. Nothing is ever overwritten: a refused artefact is replaced by a manifest of the next revision. Artefacts of
-older catalogues are pruned as the catalogue moves on; those of checkpoints that no deployment record names stay.
+older catalogues are pruned as the catalogue moves on, and those of checkpoints that no deployment record names, save
+the newest.
 
 Files are read in chunks, each verified before it is used and placed where it stays, so that a load never holds a
 second copy in memory.
@@ -22,8 +23,9 @@ second copy in memory.
 import hashlib
 import json
 import re
+import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -51,6 +53,8 @@ ITEMS = "items.arrow"
 ITEM_HASHES = "item_hashes.u64"
 FIRST_REVISION = 1
 CHUNK_BYTES = 8 * 2**20
+NUM_UNNAMED_KEPT = 2
+"""Checkpoints that no deployment record names any longer and whose indexes stay all the same."""
 VALIDATION_QUERIES = "validation queries"
 ITEM_VECTORS = "item vectors"
 _CLAIM = "claim"
@@ -205,8 +209,12 @@ class ArtefactStore:
             raise CorruptArtefactError(f"{name}: it describes another index: {place}")
         return manifest
 
-    def get(self, ref: ArtefactRef) -> LoadedArtefact:
+    def get(self, ref: ArtefactRef, stopped: threading.Event | None = None) -> LoadedArtefact:
         """Reads a stored index. Nothing is parsed before its size and sha256 are right.
+
+        Args:
+            ref: Which one.
+            stopped: Ends the reading when it is set; whoever sets it wants no result.
 
         Raises:
             CorruptArtefactError: a file is missing, differs from its digests, or belongs elsewhere.
@@ -221,7 +229,7 @@ class ArtefactStore:
             if sizes[path] != stored.size_bytes:
                 raise CorruptArtefactError(f"{path}: it differs from its manifest (size or sha256)")
         try:
-            return self._read(manifest, folder)
+            return self._read(manifest, folder, stopped or threading.Event())
         except (RuntimeError, ValueError, KeyError, pa.ArrowException) as error:
             raise CorruptArtefactError(f"{folder}: the stored index does not load: {error}") from error
 
@@ -260,47 +268,80 @@ class ArtefactStore:
                 for path in paths:
                     self._store.delete(path)
 
+    def prune_others(self, checkpoint_versions: Collection[int]) -> None:
+        """Deletes the artefacts of old checkpoints, of all shards and layouts, each manifest before its files.
+
+        Args:
+            checkpoint_versions: Those that the deployment record names. They stay, and so do the newest others, for a
+                replica that has not seen the newest record and for an operator who stages the last version again.
+        """
+        stored = {int(name) for name in self._store.folders(FOLDER) if name.isdigit()}
+        for version in sorted(stored.difference(checkpoint_versions))[:-NUM_UNNAMED_KEPT]:
+            for path in sorted(self._store.files(f"{FOLDER}/{version}"), key=lambda path: _revision(path) is None):
+                self._store.delete(path)
+
     def _created(self, manifest_path: str) -> datetime:
         try:
             return _unsealed(manifest_path, self._store.get(manifest_path)).created
         except (CorruptArtefactError, NotFoundError):
             return _LONG_AGO
 
-    def _read(self, manifest: ArtefactManifest, folder: str) -> LoadedArtefact:
+    def _read(self, manifest: ArtefactManifest, folder: str, stopped: threading.Event) -> LoadedArtefact:
         files, num_items = manifest.files, manifest.num_items
+        chunks = _ChunkReader(self._store, folder, files, stopped)
         exact = exact_index_of_size(num_items, manifest.dim)
         hashes = np.empty(num_items, dtype="<u8")
         items = np.empty(files[ITEMS].size_bytes, dtype=np.uint8)
-        self._read_into(f"{folder}/{VECTORS}", files[VECTORS], vectors_of(exact).reshape(-1).view(np.uint8))
-        self._read_into(f"{folder}/{ITEM_HASHES}", files[ITEM_HASHES], hashes.view(np.uint8))
-        self._read_into(f"{folder}/{ITEMS}", files[ITEMS], items)
-        is_exact = manifest.index_type == EXACT
-        base = None if is_exact else self._read_index(f"{folder}/{INDEX}", files[INDEX])
+        chunks.read_into(VECTORS, vectors_of(exact).reshape(-1).view(np.uint8))
+        chunks.read_into(ITEM_HASHES, hashes.view(np.uint8))
+        chunks.read_into(ITEMS, items)
+        base = None if manifest.index_type == EXACT else chunks.read_index(INDEX)
         table = pa.ipc.open_file(pa.py_buffer(items)).read_all()
         return LoadedArtefact(manifest, AnnIndex(manifest.plan, base, exact), table, hashes)
 
-    def _read_into(self, path: str, stored: StoredFile, target: NDArray[np.uint8]) -> None:
+    def _parent(self, checkpoint_version: int) -> str:
+        return f"{FOLDER}/{checkpoint_version}/{self._shard}-of-{self._num_shards}"
+
+    def _folder(self, checkpoint_version: int, catalogue_version: str) -> str:
+        return f"{self._parent(checkpoint_version)}/{_quoted(catalogue_version)}"
+
+
+class _ChunkReader:
+    """Reads the files of one stored index chunk by chunk, each verified before it is used."""
+
+    def __init__(self, store: Store, folder: str, files: Mapping[str, StoredFile], stopped: threading.Event) -> None:
+        self._store = store
+        self._folder = folder
+        self._files = files
+        self._stopped = stopped
+
+    def read_into(self, file: str, target: NDArray[np.uint8]) -> None:
         """Reads a file to where it stays, several chunks at once."""
+        stored = self._files[file]
         if len(target) != stored.size_bytes:
             raise CorruptArtefactError(
-                f"{path}: its files do not fit together: it has {stored.size_bytes} bytes, expected {len(target)}"
+                f"{self._folder}/{file}: its files do not fit together: it has {stored.size_bytes} bytes, "
+                f"expected {len(target)}"
             )
 
         def read(number: int) -> None:
             start = number * CHUNK_BYTES
-            target[start : start + CHUNK_BYTES] = np.frombuffer(self._chunk(path, stored, number), dtype=np.uint8)
+            target[start : start + CHUNK_BYTES] = np.frombuffer(self._chunk(file, number), dtype=np.uint8)
 
         with ThreadPoolExecutor(_READERS, "fetch") as readers:
             for _ in readers.map(read, range(len(stored.chunk_sha256))):
                 pass
 
-    def _read_index(self, path: str, stored: StoredFile) -> Any:
+    def read_index(self, file: str) -> Any:
         """Parses a FAISS index while it is read, a verified chunk at a time."""
-        source = _ChunkSource(self._chunk(path, stored, number) for number in range(len(stored.chunk_sha256)))
+        source = _ChunkSource(self._chunk(file, number) for number in range(len(self._files[file].chunk_sha256)))
         reader = faiss.PyCallbackIOReader(source.read, CHUNK_BYTES)
         return faiss.read_index(faiss.BufferedIOReader(reader, CHUNK_BYTES))
 
-    def _chunk(self, path: str, stored: StoredFile, number: int) -> bytes:
+    def _chunk(self, file: str, number: int) -> memoryview:
+        if self._stopped.is_set():
+            raise CorruptArtefactError(f"{self._folder}: the rest is not wanted any more")
+        path, stored = f"{self._folder}/{file}", self._files[file]
         start = number * CHUNK_BYTES
         length = min(CHUNK_BYTES, stored.size_bytes - start)
         try:
@@ -311,24 +352,18 @@ class ArtefactStore:
             raise CorruptArtefactError(f"{path}: it differs from its manifest (size or sha256)")
         return chunk
 
-    def _parent(self, checkpoint_version: int) -> str:
-        return f"{FOLDER}/{checkpoint_version}/{self._shard}-of-{self._num_shards}"
-
-    def _folder(self, checkpoint_version: int, catalogue_version: str) -> str:
-        return f"{self._parent(checkpoint_version)}/{_quoted(catalogue_version)}"
-
 
 class _ChunkSource:
     """A byte stream for FAISS, made of chunks."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
+    def __init__(self, chunks: Iterator[memoryview]) -> None:
         self._chunks = chunks
         self._left = memoryview(b"")
 
     def read(self, size: int) -> bytes:
         """The next bytes, at most `size`; empty at the end."""
         if not self._left:
-            self._left = memoryview(next(self._chunks, b""))
+            self._left = next(self._chunks, self._left)
         taken, self._left = self._left[:size], self._left[size:]
         return bytes(taken)
 

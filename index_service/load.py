@@ -1,6 +1,10 @@
 """Obtains the index of one checkpoint version: from the store, or from a build in a process of its own.
 
 Deliberately does not know which versions are wanted, nor when to try again.
+
+Any stored index of the checkpoint will do, of whatever state of the catalogue: it catches up through the change feed,
+so a restart does not build. Of the replicas that find none, or one too far behind, one builds and the others wait for
+what it stores.
 """
 
 import asyncio
@@ -8,44 +12,67 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import closing
+import threading
+from collections.abc import AsyncIterator, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import IO
+from typing import IO, TypeVar
 
 import faiss
 import numpy as np
+from numpy.typing import NDArray
 
-from index_service.artefact import FIRST_REVISION, ArtefactRef, ArtefactStore, checkpoint_fingerprint
+from index_service.artefact import (
+    FIRST_REVISION,
+    ArtefactManifest,
+    ArtefactRef,
+    ArtefactStore,
+    checkpoint_fingerprint,
+)
+from index_service.claim import BuildClaim
+from index_service.feed import ChangeFeed, Changes
+from index_service.live import LiveIndex
+from index_service.memory import build_bytes, load_bytes, memory_available, refuse_beyond, tower_bytes
 from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
 from index_service.plan import EXACT
 from index_service.shard import ShardIndex
-from towers.checkpoint import CheckpointStore, Manifest
-from towers.errors import CorruptArtefactError, TwoTowerError
+from towers.catalogue import Catalogue
+from towers.checkpoint import TOWER_FILES, CheckpointStore, Manifest
+from towers.errors import ConflictError, CorruptArtefactError, InvalidInputError, TwoTowerError
 from towers.store import Store
+from towers.tower import Tower
 
-_WARM_UP_SEARCHES = 3
+CLAIM_RENEWED_EVERY_S = 2.0
+CLAIM_STALE_AFTER_S = 10.0
+CLAIM_POLL_S = 0.5
+_LARGEST_TYPE = "HNSW32"
+"""Of the indexes that a build may try."""
+_NUM_WARM_UPS = 16
 _WARM_UP_K = 100
+_LEAST_SHARE_OF_RECALL = 0.5
+"""Of the recall that was measured at the build. With less an index is broken, whatever its digests say."""
+_MOST_REPLAYED = 100_000
+"""Changes that are always applied rather than built, however small the index is."""
+_MOST_REPLAYED_SHARE = 0.5
 
+_Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedIndex:
-    """An index and where it came from."""
+    """An index that takes changes, and where it came from."""
 
-    index: ShardIndex
+    live: LiveIndex
     is_from_store: bool
     """Whether it was found in the store rather than built by this process."""
 
-
-@dataclass(frozen=True)
-class _Stored:
-    """What the store has: an index, or none and the revision that a new one gets."""
-
-    index: ShardIndex | None
-    next_revision: int
+    @property
+    def manifest(self) -> ArtefactManifest:
+        """What was loaded, before it caught up."""
+        return self.live.base.manifest
 
 
 class IndexLoader:
@@ -58,63 +85,166 @@ class IndexLoader:
         self._exact_below = exact_below
         self._checkpoints = CheckpointStore(store)
         self._artefacts = ArtefactStore(store, shard, num_shards)
+        self._catalogue = Catalogue(store)
+        self._feed = ChangeFeed(self._catalogue, shard, num_shards)
 
     async def load(
-        self, checkpoint_version: int, catalogue_version: str, report: Callable[[float], None]
+        self,
+        checkpoint_version: int,
+        catalogue_version: str,
+        replaced: LoadedIndex | None,
+        report: Callable[[float], None],
     ) -> LoadedIndex:
-        """Loads an index, and builds it first where the store has none that can be trusted.
+        """Loads an index that has caught up with the catalogue, and builds it first where the store has none.
 
-        When cancelled, a build in progress is killed before this returns.
+        When cancelled, a build in progress is killed, and what was being read is let go, before this returns.
 
         Args:
             checkpoint_version: The checkpoint whose item tower makes the embeddings.
-            catalogue_version: The state of the catalogue to be indexed.
-            report: Told the share of a build that is done; not called when nothing is built.
+            catalogue_version: The state of the catalogue that a build indexes.
+            replaced: The index of this checkpoint that is to be replaced; only a newer one will do then.
+            report: Told the share of a build that is done; not called when nothing is built here.
 
         Raises:
             CorruptCheckpointError: the checkpoint itself is at fault.
+            TooLittleMemoryError: it would not fit; nothing was allocated.
             TwoTowerError: anything else; the message says why, in words.
         """
-        stored = await asyncio.to_thread(self._stored, checkpoint_version, catalogue_version)
-        if stored.index is not None:
-            return LoadedIndex(stored.index, is_from_store=True)
+        refused: set[ArtefactRef] = set()
+
+        def stored(stopped: threading.Event) -> LiveIndex | None:
+            return self._stored(checkpoint_version, replaced, refused, stopped)
+
+        claim = self._artefacts.claim(checkpoint_version, CLAIM_STALE_AFTER_S)
+        try:
+            while (live := await _in_thread(stored)) is None:
+                if not await _in_thread(lambda _: claim.try_take()):
+                    await asyncio.sleep(CLAIM_POLL_S)
+                    continue
+                async with _renewing(claim):
+                    # Whoever held the claim until now may have stored one.
+                    if (live := await _in_thread(stored)) is None:
+                        return await self._build(checkpoint_version, catalogue_version, report)
+            return LoadedIndex(live, is_from_store=True)
+        finally:
+            with suppress(TwoTowerError):  # It grows stale by itself.
+                await asyncio.to_thread(claim.release)
+
+    async def catch_up(self, loaded: LoadedIndex) -> bool:
+        """Applies what has changed in the catalogue; false when an index cannot catch up and is to be replaced.
+
+        Raises:
+            TwoTowerError: try again; the index is as it was.
+        """
+
+        def apply(stopped: threading.Event) -> bool:
+            changes = self._feed.since(loaded.live.catalogue_version)
+            if stopped.is_set():
+                return True
+            if changes is None or _is_too_much(changes, loaded.manifest):
+                return False
+            if changes.catalogue_version != loaded.live.catalogue_version:
+                loaded.live.apply(changes)
+            return True
+
+        return await _in_thread(apply)
+
+    async def prune(self, checkpoint_version: int, created_before: datetime) -> None:
+        """Deletes this checkpoint's stored indexes that are older than a moment."""
+        await asyncio.to_thread(self._artefacts.prune, checkpoint_version, created_before)
+
+    async def prune_others(self, checkpoint_versions: Collection[int]) -> None:
+        """Deletes stored indexes of old checkpoints that are none of these."""
+        await asyncio.to_thread(self._artefacts.prune_others, checkpoint_versions)
+
+    def _stored(
+        self,
+        checkpoint_version: int,
+        replaced: LoadedIndex | None,
+        refused: set[ArtefactRef],
+        stopped: threading.Event,
+    ) -> LiveIndex | None:
+        """The newest stored index that can be used; those that cannot are added to `refused` and not read again."""
+        # Without the checkpoint there is nothing to build either, so this fails before a process is started for it.
+        checkpoint = self._checkpoint(checkpoint_version)
+        for ref in self._artefacts.refs(checkpoint_version):
+            if ref in refused:
+                continue
+            try:
+                manifest = self._artefacts.manifest(ref)
+                if replaced is not None and manifest.created <= replaced.manifest.created:
+                    continue
+                self._check_fits(checkpoint, manifest)
+                changes = self._feed.since(ref.catalogue_version)
+                if changes is None or _is_too_much(changes, manifest):
+                    continue
+                return self._loaded(checkpoint, ref, changes, stopped)
+            except CorruptArtefactError as error:
+                if isinstance(error, CorruptCheckpointError):
+                    raise
+                refused.add(ref)
+                _log.warning("the stored index is refused and will be replaced: %s", error)
+        return None
+
+    async def _build(
+        self, checkpoint_version: int, catalogue_version: str, report: Callable[[float], None]
+    ) -> LoadedIndex:
         report(0.0)
+        revision = await asyncio.to_thread(self._next_revision, checkpoint_version, catalogue_version)
         order = BuildOrder(
             store=self._store.url,
             shard=self._shard,
             num_shards=self._num_shards,
             checkpoint_version=checkpoint_version,
             catalogue_version=catalogue_version,
-            revision=stored.next_revision,
+            revision=revision,
             exact_below=self._exact_below,
         )
         build = await _run_builder(order, report)
-        index = await asyncio.to_thread(self._built, checkpoint_version, catalogue_version, order.revision)
-        return LoadedIndex(index, is_from_store=index.manifest.build != build)
+        live = await _in_thread(lambda stopped: self._built(order, stopped))
+        return LoadedIndex(live, is_from_store=live.base.manifest.build != build)
 
-    async def prune(self, checkpoint_version: int, created_before: datetime) -> None:
-        """Deletes this checkpoint's stored indexes that are older than a moment."""
-        await asyncio.to_thread(self._artefacts.prune, checkpoint_version, created_before)
-
-    def _stored(self, checkpoint_version: int, catalogue_version: str) -> _Stored:
-        # Without the checkpoint there is nothing to build either, so this fails before a process is started for it.
+    def _next_revision(self, checkpoint_version: int, catalogue_version: str) -> int:
         checkpoint = self._checkpoint(checkpoint_version)
-        revision = self._artefacts.newest_revision(checkpoint_version, catalogue_version)
-        if revision is None:
-            return _Stored(None, FIRST_REVISION)
-        try:
-            return _Stored(self._read(checkpoint, catalogue_version, revision), revision)
-        except CorruptArtefactError as error:
-            _log.warning("the stored index is refused and will be replaced: %s", error)
-            return _Stored(None, revision + 1)
+        size = self._catalogue.size(catalogue_version)
+        needed = build_bytes(
+            size.num_rows, checkpoint.dim, _LARGEST_TYPE, size.stored_bytes, self._num_shards, _tower_bytes(checkpoint)
+        )
+        refuse_beyond(needed, memory_available(), f"building the index of checkpoint {checkpoint_version}")
+        newest = self._artefacts.newest_revision(checkpoint_version, catalogue_version)
+        return FIRST_REVISION if newest is None else newest + 1
 
-    def _built(self, checkpoint_version: int, catalogue_version: str, revision: int) -> ShardIndex:
-        checkpoint = self._checkpoint(checkpoint_version)
+    def _built(self, order: BuildOrder, stopped: threading.Event) -> LiveIndex:
+        checkpoint = self._checkpoint(order.checkpoint_version)
         try:
-            return self._read(checkpoint, catalogue_version, revision)
+            # However much changed meanwhile is applied: another build would end no better.
+            changes = self._feed.since(order.catalogue_version)
+            if changes is None:
+                raise ConflictError("the catalogue's items were rewritten while the index was built")
+            ref = ArtefactRef(order.checkpoint_version, order.catalogue_version, order.revision)
+            return self._loaded(checkpoint, ref, changes, stopped)
         except CorruptArtefactError as error:
+            if isinstance(error, CorruptCheckpointError):
+                raise
             # Not the checkpoint's fault: the next attempt refuses it and builds again.
             raise TwoTowerError(f"the index that was just built is refused: {error}") from error
+
+    def _loaded(self, checkpoint: Manifest, ref: ArtefactRef, changes: Changes, stopped: threading.Event) -> LiveIndex:
+        manifest = self._artefacts.manifest(ref)
+        stored_bytes = sum(file.size_bytes for file in manifest.files.values())
+        refuse_beyond(
+            load_bytes(stored_bytes, _tower_bytes(checkpoint)),
+            memory_available(),
+            f"loading the index of checkpoint {checkpoint.version}",
+        )
+        with ThreadPoolExecutor(1, "tower") as beside:
+            tower = beside.submit(self._item_tower, checkpoint.version)
+            index = ShardIndex(self._artefacts.get(ref, stopped))
+            _warm_up(index, self._recorded_queries(checkpoint, index))
+            live = LiveIndex(index, tower.result())
+        if changes.catalogue_version != live.catalogue_version:
+            live.apply(changes)
+        return live
 
     def _checkpoint(self, version: int) -> Manifest:
         try:
@@ -122,9 +252,22 @@ class IndexLoader:
         except CorruptArtefactError as error:
             raise CorruptCheckpointError(str(error)) from error
 
-    def _read(self, checkpoint: Manifest, catalogue_version: str, revision: int) -> ShardIndex:
-        ref = ArtefactRef(checkpoint.version, catalogue_version, revision)
-        manifest = self._artefacts.manifest(ref)
+    def _item_tower(self, version: int) -> Tower:
+        try:
+            return Tower(self._checkpoints.load(version, "item"))
+        except (CorruptArtefactError, InvalidInputError) as error:
+            raise CorruptCheckpointError(str(error)) from error
+
+    def _recorded_queries(self, checkpoint: Manifest, index: ShardIndex) -> NDArray[np.float32]:
+        """`[Q, D]` some queries of the checkpoint's validation split; some items where it has none."""
+        try:
+            recorded = self._checkpoints.validation_queries(checkpoint)
+        except CorruptArtefactError as error:
+            raise CorruptCheckpointError(str(error)) from error
+        candidates = index.ann.vectors if recorded is None else recorded
+        return candidates[np.linspace(0, len(candidates) - 1, min(_NUM_WARM_UPS, len(candidates))).astype(np.int64)]
+
+    def _check_fits(self, checkpoint: Manifest, manifest: ArtefactManifest) -> None:
         if manifest.checkpoint_fingerprint != checkpoint_fingerprint(checkpoint) or manifest.dim != checkpoint.dim:
             raise CorruptArtefactError(f"it was built from another checkpoint that was number {checkpoint.version} too")
         is_exact = manifest.num_items == 0 or manifest.num_items < self._exact_below
@@ -133,18 +276,77 @@ class IndexLoader:
                 f"it is {manifest.index_type}, which {manifest.num_items} items are not to be "
                 f"with exact_below = {self._exact_below}"
             )
-        index = ShardIndex(self._artefacts.get(ref))
-        _warm_up(index)
-        return index
 
 
-def _warm_up(index: ShardIndex) -> None:
-    """Searches a few times, so that the first request does not pay for untouched pages."""
+def _is_too_much(changes: Changes, manifest: ArtefactManifest) -> bool:
+    """Whether a build is cheaper than to embed all this in a process that serves."""
+    num_changes = changes.upserts.num_rows + len(changes.deleted_ids)
+    return bool(num_changes > max(_MOST_REPLAYED, _MOST_REPLAYED_SHARE * manifest.num_items))
+
+
+def _tower_bytes(checkpoint: Manifest) -> int:
+    """What the item tower will take in memory."""
+    sizes = {path: digest.size_bytes for path, digest in checkpoint.files.items()}
+    onnx_bytes = sizes.pop(TOWER_FILES["item"], 0)
+    sizes.pop(TOWER_FILES["query"], None)
+    return tower_bytes(onnx_bytes, sum(sizes.values()))
+
+
+def _warm_up(index: ShardIndex, queries: NDArray[np.float32]) -> None:
+    """Searches as requests will, so that the first one does not pay for cold pages, and checks what comes back.
+
+    Args:
+        index: The index.
+        queries: `[Q, D]` unit embeddings.
+
+    Raises:
+        CorruptArtefactError: far less is found of what exact search finds than was measured when it was built.
+    """
     faiss.omp_set_num_threads(1)
-    query = np.zeros((1, index.manifest.dim), dtype=np.float32)  # [1, D]
-    query[0, 0] = 1.0
-    for _ in range(_WARM_UP_SEARCHES):
-        index.search(query, _WARM_UP_K)
+    k = min(_WARM_UP_K, index.num_items)
+    if k == 0:
+        return
+    num_found = 0
+    for query in queries:
+        hits = index.search(query[None], k)
+        index.packed_ids(hits.rows)
+        _, exact_rows = index.ann.search_exactly(np.ascontiguousarray(query[None]), k)
+        num_found += len(np.intersect1d(hits.rows, exact_rows))
+    recall = num_found / (k * len(queries))
+    measured = min((setting.recall for setting in index.manifest.plan.settings), default=1.0)
+    if recall < _LEAST_SHARE_OF_RECALL * measured:
+        raise CorruptArtefactError(f"its recall is {recall:.2f}, and was {measured:.2f} when it was built")
+
+
+async def _in_thread(work: Callable[[threading.Event], _Result]) -> _Result:
+    """Runs blocking work; when cancelled, tells it to stop and waits until it has let go of everything."""
+    stopped = threading.Event()
+    task = asyncio.create_task(asyncio.to_thread(work, stopped))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stopped.set()
+        with suppress(Exception):
+            await task
+        raise
+
+
+@asynccontextmanager
+async def _renewing(claim: BuildClaim) -> AsyncIterator[None]:
+    """Keeps a claim that is ours until the block ends; whether somebody takes it over meanwhile changes nothing."""
+
+    async def keep() -> None:
+        while True:
+            await asyncio.sleep(CLAIM_RENEWED_EVERY_S)
+            with suppress(TwoTowerError):
+                await asyncio.to_thread(claim.renew)
+
+    task = asyncio.create_task(keep())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait((task,))
 
 
 async def _run_builder(order: BuildOrder, report: Callable[[float], None]) -> str:

@@ -14,7 +14,6 @@ from typing import Generic, TypeVar
 import uvloop
 from retrieval.index.v1 import index_service_pb2_grpc
 
-from index_service.catalogue_service import CatalogServicer
 from index_service.load import IndexLoader
 from index_service.service import SERVICE_NAME, IndexServicer, search_executor
 from index_service.settings import IndexSettings
@@ -25,7 +24,7 @@ from towers.errors import TwoTowerError
 from towers.rpc import RpcServer, until_stopped
 from towers.store import Store
 
-SHORTEST_CATALOGUE_POLL_S = 1.0
+CATALOGUE_POLL_S = 0.1
 _NO_CATALOGUE = "the catalogue is not loaded; load it: twotower catalog load items.parquet"
 
 _Value = TypeVar("_Value")
@@ -48,18 +47,19 @@ async def _serve(settings: IndexSettings) -> None:
         settings.address, SERVICE_NAME, drain_s=settings.drain_s, grace_s=settings.grace_s, reflect=settings.reflection
     )
     loader = IndexLoader(store, settings.shard, settings.num_shards, settings.exact_below)
-    versions = Versions(loader, lambda: server.set_ready(versions.is_live_available))
+    versions = Versions(
+        loader, settings.num_shards, settings.rebuild_share, lambda: server.set_ready(versions.is_ready)
+    )
     # More threads than cores would only make searches wait for each other.
     with search_executor(_num_cores()) as executor:
         index_service_pb2_grpc.add_IndexServiceServicer_to_server(
             IndexServicer(versions, executor, settings.shard, settings.num_shards), server.grpc
         )
-        index_service_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(Catalogue(store)), server.grpc)
         await server.start()
         tasks = (
             asyncio.create_task(versions.run()),
             asyncio.create_task(_follow_deployment(store, versions, settings.poll_interval_s)),
-            asyncio.create_task(_follow_catalogue(store, versions, settings.poll_interval_s)),
+            asyncio.create_task(_follow_catalogue(store, versions)),
         )
         await asyncio.wait((stopped, *tasks), return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
@@ -94,7 +94,7 @@ async def _follow_deployment(store: Store, versions: Versions, interval_s: float
         await asyncio.sleep(interval_s)
 
 
-async def _follow_catalogue(store: Store, versions: Versions, interval_s: float) -> None:
+async def _follow_catalogue(store: Store, versions: Versions) -> None:
     catalogue = Catalogue(store)
     reader: _Reader[str | None] = _Reader("the catalogue")
     while True:
@@ -103,7 +103,7 @@ async def _follow_catalogue(store: Store, versions: Versions, interval_s: float)
             versions.follow_catalogue(catalogue_version)
         else:
             versions.report_catalogue_problem(reader.problem or _NO_CATALOGUE)
-        await asyncio.sleep(max(interval_s, SHORTEST_CATALOGUE_POLL_S))
+        await asyncio.sleep(CATALOGUE_POLL_S)
 
 
 class _Reader(Generic[_Value]):

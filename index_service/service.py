@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from retrieval.feature.v1 import feature_pb2
 from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 
-from index_service.shard import ShardIndex
+from index_service.live import LiveView
 from index_service.versions import State, Versions, VersionStatus
 from towers.errors import DeadlineError, InvalidInputError, WrongShardError
 
@@ -63,8 +63,8 @@ class IndexServicer(index_service_pb2_grpc.IndexServiceServicer):
             )
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        with self._versions.pin(request.checkpoint_version) as index:
-            return await self._in_executor(lambda: _answer(index, request, deadline_s))
+        with self._versions.pin(request.checkpoint_version) as view:
+            return await self._in_executor(lambda: _answer(view, request, deadline_s))
 
     async def GetShardStatus(  # noqa: N802
         self,
@@ -90,16 +90,16 @@ class IndexServicer(index_service_pb2_grpc.IndexServiceServicer):
 
 
 def _answer(
-    index: ShardIndex, request: index_service_pb2.SearchRequest, deadline_s: float | None
+    view: LiveView, request: index_service_pb2.SearchRequest, deadline_s: float | None
 ) -> index_service_pb2.SearchResponse:
     if deadline_s is not None and time.monotonic() >= deadline_s:
         raise DeadlineError("the deadline passed before the search began")
-    embeddings = _embeddings(request, index.manifest.dim)
-    num_hits = request.num_queries * min(request.k, index.num_items)
+    embeddings = _embeddings(request, view.dim)
+    num_hits = request.num_queries * min(request.k, view.num_items)
     if num_hits > MAX_HITS:
         raise InvalidInputError(f"num_queries times k is {num_hits}, more than {MAX_HITS}; ask for fewer at a time")
-    hits = index.search(embeddings, request.k, index.rows_of(request.excluded_item_ids))
-    item_ids, item_id_sizes = index.packed_ids(hits.rows)
+    hits = view.search(embeddings, request.k, request.excluded_item_ids)
+    item_ids, item_id_sizes = view.packed_ids(hits.rows)
     return index_service_pb2.SearchResponse(
         hit_counts=hits.counts.astype("<u4").tobytes(),
         scores=hits.scores.astype("<f4").tobytes(),
@@ -107,12 +107,12 @@ def _answer(
         item_id_sizes=item_id_sizes.astype("<u4").tobytes(),
         attributes=[
             feature_pb2.AttributeColumn(
-                name=name, values=[_feature_value(value) for value in index.attribute_values(name, hits.rows)]
+                name=name, values=[_feature_value(value) for value in view.attribute_values(name, hits.rows)]
             )
             for name in request.attribute_names
         ],
-        checkpoint_version=index.checkpoint_version,
-        catalogue_version=index.manifest.catalogue_version,
+        checkpoint_version=view.checkpoint_version,
+        catalogue_version=view.catalogue_version,
     )
 
 
@@ -169,12 +169,15 @@ def _status_message(status: VersionStatus) -> index_service_pb2.VersionStatus:
         progress=status.progress,
     )
     if status.loaded is not None:
-        manifest = status.loaded.index.manifest
-        message.catalogue_version = manifest.catalogue_version
-        message.num_items = manifest.num_items
-        message.num_quarantined = manifest.num_quarantined
+        live, manifest = status.loaded.live, status.loaded.manifest
+        message.catalogue_version = live.catalogue_version
+        message.num_items = live.num_items
+        message.num_quarantined = live.num_quarantined
         message.index_type = manifest.index_type
-        message.size_bytes = status.loaded.index.size_bytes
+        message.size_bytes = live.size_bytes
         message.loaded_from_store = status.loaded.is_from_store
         message.golden_difference = manifest.golden_difference
+        message.num_delta_items = live.num_delta_items
+        message.num_tombstones = live.num_tombstones
+        message.built_catalogue_version = live.built_catalogue_version
     return message

@@ -39,6 +39,8 @@ class IndexSettings(BaseSettings):
     """Seconds that calls in flight then have to end."""
     exact_below: int = Field(default=20_000, ge=0)
     """Shards with fewer items are searched exactly, larger ones through IVF."""
+    rebuild_share: float = Field(default=0.1, gt=0)
+    """Share of an index that live updates may change before it is built anew in the background."""
     reflection: bool = False
     """Whether the gRPC reflection service is on."""
 

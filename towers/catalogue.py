@@ -101,6 +101,15 @@ class CatalogueSnapshot:
 
 
 @dataclass(frozen=True)
+class CatalogueSize:
+    """How large a state is, at most: items that were changed or deleted since the last compaction count again."""
+
+    num_rows: int
+    stored_bytes: int
+    """Of its files, which are compressed."""
+
+
+@dataclass(frozen=True)
 class CommitSpan:
     """The way from one state to a later one."""
 
@@ -232,10 +241,29 @@ class Catalogue:
             raise _nothing_loaded()
         items_edit, changes_edit = self._parsed(version)
         base, num_folded = self._base(version, items_edit, changes_edit)
-        parts = [] if base is None else [_as_layer(base)]
+        parts = []
+        if base is not None:
+            with translated(f"catalogue version {version}"):
+                parts.append(_as_layer(pa.table(base.scan())))
         parts += [rows for _, rows in self._changes.appended(range(num_folded + 1, changes_edit + 1))]
         items, _ = last_states(parts)
         return CatalogueSnapshot(version, items.sort_by(ITEM_ID).combine_chunks())
+
+    def size(self, version: str) -> CatalogueSize:
+        """How large a state is, from the logs alone: no item is read.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        items_edit, changes_edit = self._parsed(version)
+        base, num_folded = self._base(version, items_edit, changes_edit)
+        num_rows, stored_bytes = self._changes.appended_size(range(num_folded + 1, changes_edit + 1))
+        if base is not None:
+            with translated(f"catalogue version {version}"):
+                files = pa.table(base.get_add_actions(flatten=True))
+            num_rows += sum(count or 0 for count in files["num_records"].to_pylist())
+            stored_bytes += sum(files["size_bytes"].to_pylist())
+        return CatalogueSize(num_rows, stored_bytes)
 
     def commits_since(self, version: str) -> CommitSpan | None:
         """The commits that lead from a state to the one now. Cheap: see `version`.
@@ -312,7 +340,7 @@ class Catalogue:
             raise _no_version(version)
         return items_edit, changes_edit
 
-    def _base(self, version: str, items_edit: int, changes_edit: int) -> tuple[pa.Table | None, int]:
+    def _base(self, version: str, items_edit: int, changes_edit: int) -> tuple[DeltaTable | None, int]:
         """The newest snapshot that a state can be built from, and how many commits of `changes` it contains."""
         number = self._items.num_commits()
         while number > 0:
@@ -326,8 +354,7 @@ class Catalogue:
             assert table is not None
             num_folded = _num_folded(table)
             if num_folded <= changes_edit:
-                with translated(f"catalogue version {version}"):
-                    return pa.table(table.scan()), num_folded
+                return table, num_folded
             number -= 1
         if items_edit != 0:
             raise _no_version(version)

@@ -226,6 +226,18 @@ class DeltaLog:
             commits = zip(numbers, readers.map(self._appended, numbers), strict=True)
             return [(number, rows) for number, commit in commits for rows in commit]
 
+    def appended_size(self, numbers: Sequence[int]) -> tuple[int, int]:
+        """How many rows commits appended, as far as their writers said, and the size in bytes of the files."""
+        with ThreadPoolExecutor(_PARALLEL_READS) as readers:
+            added = [
+                action["add"]
+                for actions in readers.map(self._actions, numbers)
+                for action in actions or ()
+                if action.get("add", {}).get("dataChange")
+            ]
+        num_rows = sum(json.loads(file.get("stats") or "{}").get("numRecords", 0) for file in added)
+        return num_rows, sum(file["size"] for file in added)
+
     def _appended(self, number: int) -> list[pa.Table]:
         actions = self._actions(number)
         if actions is None:

@@ -120,14 +120,14 @@ class Store:
         with _translated(path):
             return obstore.get(self._objects, path).bytes().to_bytes()
 
-    def get_range(self, path: str, start: int, length: int) -> bytes:
+    def get_range(self, path: str, start: int, length: int) -> memoryview:
         """Reads a part of an object; less than asked for where the object ends before, which its reader must notice.
 
         Raises:
             NotFoundError: there is no such object.
         """
         with _translated(path):
-            return obstore.get_range(self._objects, path, start=start, length=length).to_bytes()
+            return memoryview(obstore.get_range(self._objects, path, start=start, length=length))
 
     def files(self, prefix: str) -> dict[str, int]:
         """Paths of all objects below a prefix, with their sizes in bytes."""

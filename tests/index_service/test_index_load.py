@@ -19,18 +19,19 @@ from towers.errors import NotFoundError, TwoTowerError
 QUERY = {"user_id": "1", "history": ["2", "3"]}
 
 
-def load(world, catalogue_version, version=1, exact_below=20_000):
+def load(world, catalogue_version, version=1, exact_below=20_000, replaced=None):
     """The index, and the progress that was reported: none where nothing was built."""
     progress = []
     loader = IndexLoader(world.store, 0, 1, exact_below)
-    loaded = asyncio.run(loader.load(version, catalogue_version, progress.append))
+    loaded = asyncio.run(loader.load(version, catalogue_version, replaced, progress.append))
     return loaded, progress
 
 
-def assert_exact(loaded, model):
-    hits = loaded.index.search(model.query_embeddings([QUERY]).astype(np.float32), 10)
-    exact_ids, exact_scores = model.nearest(QUERY, model.item_ids, 10)
-    assert ids_of(loaded.index, hits.rows) == exact_ids
+def assert_exact(loaded, model, item_ids=None):
+    view = loaded.live.view
+    hits = view.search(model.query_embeddings([QUERY]).astype(np.float32), 10)
+    exact_ids, exact_scores = model.nearest(QUERY, item_ids or model.item_ids, 10)
+    assert ids_of(view, hits.rows) == exact_ids
     np.testing.assert_allclose(hits.scores, exact_scores, atol=1e-5)
 
 
@@ -72,7 +73,7 @@ def test_a_stored_index_that_cannot_be_trusted_is_refused_and_replaced(world, da
     assert not loaded.is_from_store
     assert progress[0] == 0
     assert progress[-1] == 1
-    assert loaded.index.manifest.index_type == ("IVF1,SQ8" if damage == "other settings" else "Flat")
+    assert loaded.manifest.index_type == ("IVF1,SQ8" if damage == "other settings" else "Flat")
     if damage != "other settings":
         assert_exact(loaded, model)
     # What replaced it can be trusted: the next load builds nothing.
@@ -106,7 +107,7 @@ def test_a_cancelled_load_leaves_no_process_and_nothing_visible(world):
         before = set(children_of(os.getpid()))
         loader = IndexLoader(world.store, 0, 1, 20_000)
         is_building = asyncio.Event()
-        task = asyncio.create_task(loader.load(1, catalogue_version, lambda _: is_building.set()))
+        task = asyncio.create_task(loader.load(1, catalogue_version, None, lambda _: is_building.set()))
         await is_building.wait()
         while not set(children_of(os.getpid())) - before:
             await asyncio.sleep(0.001)
@@ -120,18 +121,18 @@ def test_a_cancelled_load_leaves_no_process_and_nothing_visible(world):
 
 
 def test_an_index_that_another_replica_built_first_is_used(world):
-    """Both find nothing and build; the second finds the first one's manifest when it wants to publish."""
+    """Both find nothing; one gets the claim, and the other waits for what it stores."""
     model = toy_model()
     catalogue_version = world.load_items()
     world.publish(model)
 
     async def run():
         loaders = [IndexLoader(world.store, 0, 1, 20_000) for _ in range(2)]
-        return await asyncio.gather(*(loader.load(1, catalogue_version, lambda _: None) for loader in loaders))
+        return await asyncio.gather(*(loader.load(1, catalogue_version, None, lambda _: None) for loader in loaders))
 
     loaded = asyncio.run(run())
     assert sorted(replica.is_from_store for replica in loaded) == [False, True]
-    assert loaded[0].index.manifest == loaded[1].index.manifest
+    assert loaded[0].manifest == loaded[1].manifest
     for replica in loaded:
         assert_exact(replica, model)
 
@@ -150,6 +151,6 @@ def test_a_shard_without_items_is_an_index_like_any_other(world):
     catalogue_version = world.load_items(toy_items(1))
     world.publish()
     loader = IndexLoader(world.store, 1 - shard_of("1", 2), 2, 20_000)
-    loaded = asyncio.run(loader.load(1, catalogue_version, lambda _: None))
-    assert loaded.index.num_items == 0
-    assert loaded.index.search(toy_model().query_embeddings([QUERY]).astype(np.float32), 10).counts.tolist() == [0]
+    loaded = asyncio.run(loader.load(1, catalogue_version, None, lambda _: None))
+    assert loaded.live.num_items == 0
+    assert loaded.live.view.search(toy_model().query_embeddings([QUERY]).astype(np.float32), 10).counts.tolist() == [0]

@@ -11,6 +11,7 @@ from retrieval.feature.v1 import feature_pb2
 from shard_process import search_request
 from small_indexes import small_index, unit_vectors
 
+from index_service.live import LiveIndex
 from index_service.load import LoadedIndex
 from index_service.service import IndexServicer, _answer, _feature_value, search_executor
 from index_service.versions import State, Versions
@@ -19,11 +20,18 @@ from towers.errors import DeadlineError
 
 
 class OneIndexLoader:
-    async def load(self, checkpoint_version, catalogue_version, report):
-        return LoadedIndex(small_index(unit_vectors(5, 4), checkpoint_version=checkpoint_version), True)
+    async def load(self, checkpoint_version, catalogue_version, replaced, report):
+        index = small_index(unit_vectors(5, 4), checkpoint_version=checkpoint_version)
+        return LoadedIndex(LiveIndex(index, None), True)
+
+    async def catch_up(self, loaded):
+        return True
 
     async def prune(self, checkpoint_version, created_before):
         raise AssertionError("nothing is replaced here")
+
+    async def prune_others(self, checkpoint_versions):
+        pass
 
 
 class Context:
@@ -42,22 +50,22 @@ async def available_versions():
     async def ignore():
         pass
 
-    versions = Versions(OneIndexLoader(), ignore)
+    versions = Versions(OneIndexLoader(), 1, 0.1, ignore)
     versions.follow(NO_DEPLOYMENT.model_copy(update={"revision": 1, "live_version": 1}))
     versions.follow_catalogue("0.1")
     task = asyncio.create_task(versions.run())
-    while not versions.is_live_available:
+    while not versions.is_ready:
         await asyncio.sleep(0.001)
     task.cancel()
     return versions
 
 
 def test_work_whose_deadline_has_passed_is_not_begun():
-    index = small_index(unit_vectors(5, 4))
+    view = LiveIndex(small_index(unit_vectors(5, 4)), None).view
     request = search_request(unit_vectors(1, 4), 1)
-    assert _answer(index, request, time.monotonic() + 60).hit_counts == b"\5\0\0\0"
+    assert _answer(view, request, time.monotonic() + 60).hit_counts == b"\5\0\0\0"
     with pytest.raises(DeadlineError, match="before the search began"):
-        _answer(index, request, time.monotonic() - 1e-9)
+        _answer(view, request, time.monotonic() - 1e-9)
 
     async def run():
         versions = await available_versions()
@@ -98,7 +106,7 @@ def test_a_cancelled_call_that_waits_is_dropped():
 def test_a_cancelled_call_holds_its_index_until_its_search_has_ended(monkeypatch):
     begun, may_end = threading.Event(), threading.Event()
 
-    def slow_answer(index, request, deadline_s):
+    def slow_answer(view, request, deadline_s):
         begun.set()
         may_end.wait(20)
 
