@@ -133,18 +133,12 @@ def _say_record(record: "Deployment") -> None:
 
 
 def _slots(record: "Deployment") -> str:
-    live = "nothing is live" if record.live_version is None else f"version {record.live_version} is live"
-    live += _layout(record.live_num_shards)
+    live = "nothing is live" if record.live_version is None else f"{record.live} is live"
     if record.standby_version is None:
         return live
-    standby = f"{live}, version {record.standby_version} stands by{_layout(record.standby_num_shards)}"
     is_held = " and is held" if record.held else ""
     canary = f" and answers {record.canary_share:.1%} of the requests" if record.canary_share else ""
-    return f"{standby}{is_held}{canary}"
-
-
-def _layout(num_shards: int | None) -> str:
-    return "" if num_shards is None else f" on {num_shards} shards"
+    return f"{live}, {record.standby} stands by{is_held}{canary}"
 
 
 def _as_json(overview: "Overview", next_step: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def end_canary(store: Store) -> Deployment:
     current = deployments.current()
     if not current.canary_share:
         raise InvalidInputError("no canary runs")
-    record = deployment.held(current, f"canary ended by hand; version {current.standby_version} is held")
+    record = deployment.held(current, f"canary ended by hand; {current.standby} is held")
     deployments.write(record)
     return record
 
@@ -112,11 +112,11 @@ def roll_back(store: Store) -> Deployment:
     was_live = _was_live_while_named(history, current.standby)
     if current.canary_share and not was_live:
         return end_canary(store)
-    record = deployment.rolled_back(current, f"rolled back by hand; version {current.live_version} is held")
+    record = deployment.rolled_back(current, f"rolled back by hand; {current.live} is held")
     if not was_live:
         raise InvalidInputError(
-            f"version {record.live_version} stands by but was not live since it was staged, so there is nothing to "
-            f"roll back to; to leave version {current.live_version}: twotower stage VERSION, then twotower promote"
+            f"{current.standby} stands by but was not live since it was staged, so there is nothing to "
+            f"roll back to; to leave {current.live}: twotower stage VERSION, then twotower promote"
         )
     deployments.write(record)
     return record

@@ -22,6 +22,9 @@ class Slot(NamedTuple):
     version: int | None
     num_shards: int | None
 
+    def __str__(self) -> str:
+        return f"version {self.version}" + ("" if self.num_shards is None else f" on {self.num_shards} shards")
+
 
 class Deployment(BaseModel):
     """One record. Services load exactly the versions it names."""

@@ -71,7 +71,7 @@ def test_the_live_version_is_staged_on_another_layout(twotower: Twotower, store:
     at = ("--store", store.url)
     twotower("stage", "1", *at)
     twotower("promote", *at, *NOBODY, "--force")
-    assert "version 1 stands by on 3 shards; staged by hand" in twotower("stage", "1", *at, "--num-shards", "3").out
+    assert "version 1 on 3 shards stands by; staged by hand" in twotower("stage", "1", *at, "--num-shards", "3").out
 
     layouts = ("--shards", "127.0.0.1:1|127.0.0.1:4,127.0.0.1:2;127.0.0.1:5,127.0.0.1:6,127.0.0.1:7", *NOBODY[2:])
     status = twotower("status", *at, *layouts)
@@ -85,7 +85,7 @@ def test_the_live_version_is_staged_on_another_layout(twotower: Twotower, store:
     assert "0/2" not in replicas
 
     forced = twotower("promote", *at, *layouts, "--force").out
-    assert "version 1 is live on 3 shards, version 1 stands by and is held; promoted by hand" in forced
+    assert "version 1 on 3 shards is live, version 1 stands by and is held; promoted by hand" in forced
 
 
 def test_stage_names_the_published_versions(twotower: Twotower, store: Store) -> None:

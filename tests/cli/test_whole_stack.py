@@ -244,3 +244,38 @@ def test_bad_versions_are_held_and_the_next_good_one_goes_live(
     assert (record.live_version, record.standby_version, record.held) == (1, best, True)
     promoted = twotower("promote", *at, *where)
     assert promoted.out.endswith(f"version {best} is live, version 1 stands by; promoted by hand\n"), promoted
+
+
+def test_a_canary_answers_a_share_of_the_requests_and_is_promoted(
+    stack: LocalStack, twotower: Twotower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(stack.store)
+    before = DeploymentStore(store).current().live_version
+    monkeypatch.setenv("TWOTOWER_CANARY_SHARE", "0.3")
+    monkeypatch.setenv("TWOTOWER_CANARY_MIN_REQUESTS", "40")
+    # How fast this machine is at this moment must not decide.
+    monkeypatch.setenv("TWOTOWER_MAX_CANARY_LATENCY_RATIO", "1000000")
+    stack.restart("rollout")
+    published = CheckpointStore(store).publish(toy_model(dim=16, seed=4).draft()).version
+    record = wait_for_record(store, lambda record: record.canary_share > 0)
+    assert (record.live_version, record.standby_version, record.canary_share) == (before, published, 0.3)
+
+    answered = []
+    with RetrievalClient(stack.query_address) as client:
+        give_up_s = time.monotonic() + WAIT_S
+        while DeploymentStore(store).newer_than(record) == record:
+            assert time.monotonic() < give_up_s
+            for user in range(20):
+                answered.append(client.retrieve({"user_id": f"{len(answered)} {user}"}, k=3).checkpoint_version)
+    assert set(answered) == {before, published}
+    record = wait_for_record(store, lambda record: record.live_version == published)
+    assert (record.standby_version, record.canary_share) == (before, 0.0)
+    begun = DeploymentStore(store).history()[-2]
+    assert begun.reason == "a canary of the rollout controller: all gates pass"
+
+    where = ("--shards", ",".join(stack.shard_addresses), "--query-services", stack.query_address)
+    seen = twotower("status", "--store", stack.store, *where, "--json").json
+    assert (
+        seen["next"]
+        == f"wait: version {published} is live, version {before} is kept for a rollback; no newer one is published"
+    )
