@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import uvloop
 from retrieval.index.v1 import index_service_pb2_grpc
 
+from index_service.catalogue_service import CatalogServicer
 from index_service.load import IndexLoader
 from index_service.service import SERVICE_NAME, IndexServicer, search_executor
 from index_service.settings import IndexSettings
@@ -55,6 +56,7 @@ async def _serve(settings: IndexSettings) -> None:
         index_service_pb2_grpc.add_IndexServiceServicer_to_server(
             IndexServicer(versions, executor, settings.shard, settings.num_shards), server.grpc
         )
+        index_service_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(Catalogue(store)), server.grpc)
         await server.start()
         tasks = (
             asyncio.create_task(versions.run()),

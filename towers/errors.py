@@ -109,3 +109,9 @@ class DeadlineError(TwoTowerError):
     """The caller's deadline passed before the work was done."""
 
     status = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class OverloadedError(TwoTowerError):
+    """More is asked at once than can be held; retry with backoff."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
