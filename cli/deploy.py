@@ -4,7 +4,6 @@ Deliberately does not know the rules (`rollout`); it opens what they need and pr
 """
 
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -178,6 +177,8 @@ def _as_json(overview: "Overview", next_step: str) -> dict[str, Any]:
 def _print_overview(overview: "Overview", next_step: str, console: "Console") -> None:
     from rich.text import Text
 
+    from cli.screen import print_table
+
     deployment = overview.deployment
     console.print(Text(f"Deployment revision {deployment.revision}: {_slots(deployment)}"))
     console.print(Text(f"Published: {', '.join(map(str, overview.published)) or 'nothing yet'}"))
@@ -186,7 +187,7 @@ def _print_overview(overview: "Overview", next_step: str, console: "Console") ->
     if followed > deployment.revision:
         console.print(Text(f"The processes follow revision {followed}, so of another store: is --store the right one?"))
 
-    _print_table(
+    print_table(
         console,
         "Processes",
         ("process", "address", "version", "items", "updates", "index", "MB", "catalogue"),
@@ -198,7 +199,7 @@ def _print_overview(overview: "Overview", next_step: str, console: "Console") ->
 
     traffic = [overview.fleet.traffic_of(version, deployment.revision) for version in deployment.versions]
     if any(part.num_requests for part in traffic):
-        _print_table(
+        print_table(
             console,
             f"Traffic since revision {deployment.revision}",
             ("version", "requests", "failed", "p50", "p99"),
@@ -208,14 +209,14 @@ def _print_overview(overview: "Overview", next_step: str, console: "Console") ->
             ],
         )
     if overview.gates:
-        _print_table(
+        print_table(
             console,
             f"Gates of version {deployment.standby_version}",
             ("gate", "answer", "figure"),
             [(gate.name, gate.outcome.value, gate.explanation) for gate in overview.gates],
         )
     if overview.history:
-        _print_table(
+        print_table(
             console,
             "Last records",
             ("revision", "created", "live", "standby", "", "reason"),
@@ -231,19 +232,6 @@ def _print_overview(overview: "Overview", next_step: str, console: "Console") ->
                 for record in overview.history[-_SHOWN_RECORDS:]
             ],
         )
-
-
-def _print_table(console: "Console", title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print()
-    console.print(table)
 
 
 def _process_rows(replica: "Replica") -> list[tuple[str, ...]]:

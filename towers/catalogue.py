@@ -13,6 +13,7 @@ Spark or any lakehouse tool may write either table: rewrite `items` at will, app
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -125,6 +126,17 @@ class Commit:
 
     number: int
     rows: pa.Table
+
+
+@dataclass(frozen=True)
+class CommitSummary:
+    """What one commit of `changes` did."""
+
+    number: int
+    created: datetime | None
+    """None where the writer did not say."""
+    num_upserts: int
+    num_deletes: int
 
 
 class Catalogue:
@@ -288,6 +300,26 @@ class Catalogue:
         for number, rows in self._changes.appended(numbers):
             parts[number].append(rows)
         return [Commit(number, _united(rows) if rows else _NO_CHANGES) for number, rows in parts.items()]
+
+    def num_unfolded(self) -> int:
+        """Commits of `changes` since the last compaction: what every reader reads beside the snapshot."""
+        table = self._items.open()
+        num_folded = 0 if table is None else _num_folded(table)
+        return max(0, self._changes.last_edit() - num_folded)
+
+    def last_changes(self, num_commits: int) -> list[CommitSummary]:
+        """The newest commits of `changes`, newest first; none that a tool which cleans logs removed."""
+        last = self._changes.last_edit()
+        summaries: list[CommitSummary] = []
+        for number in range(last, max(0, last - num_commits), -1):
+            try:
+                (commit,) = self.commits([number])
+            except NotFoundError:
+                break
+            num_upserts = pc.sum(pc.equal(commit.rows[_OP], _UPSERT)).as_py() or 0
+            created = self._changes.created_at(number)
+            summaries.append(CommitSummary(number, created, num_upserts, commit.rows.num_rows - num_upserts))
+        return summaries
 
     def compact(self) -> None:
         """Folds the changes into `items`, so that reads stay fast. The state, and so the version, stays.

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -212,6 +213,14 @@ class DeltaLog:
             if edit is not None:
                 return edit
         return 0
+
+    def created_at(self, number: int) -> datetime | None:
+        """When a commit was written; None where its writer did not say."""
+        for action in self._actions(number) or ():
+            timestamp_ms = action.get("commitInfo", {}).get("timestamp")
+            if timestamp_ms is not None:
+                return datetime.fromtimestamp(timestamp_ms / 1000, UTC)
+        return None
 
     def appended(self, numbers: Sequence[int]) -> list[tuple[int, pa.Table]]:
         """The rows that commits appended, with the column `_commit`: one table a file, in the order of the numbers.
