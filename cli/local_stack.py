@@ -3,6 +3,7 @@
 Deliberately does not know how they work; it starts them, watches them and ends them.
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -27,13 +28,15 @@ from retrieval.query.v1 import query_service_pb2
 from cli import child
 from towers.errors import DeadlineError, InvalidInputError, NotFoundError, NotReadyError
 from towers.health import is_serving
+from towers.settings import Layout, layouts_text
 
 HOST = "127.0.0.1"
 QUERY_PORT = 50051
 SHARD_PORT_OFFSET = 10
-"""Shard i listens this many ports, plus i, above the query service."""
+"""The first shard listens this many ports above the query service, and all others above it."""
 VALKEY, QUERY, ROLLOUT = "valkey", "query", "rollout"
 MAX_SHARDS = 64
+"""With all their replicas."""
 
 _INDEX_SERVICE = index_service_pb2.DESCRIPTOR.services_by_name["IndexService"].full_name
 _QUERY_SERVICE = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
@@ -76,10 +79,21 @@ class Death:
 
 
 class LocalStack:
-    """Processes on this machine, by name: `valkey`, `shard-0`, …, `query`, `rollout`."""
+    """Processes on this machine, by name: `valkey`, `shard-0`, …, `query`, `rollout`.
+
+    Further replicas are `shard-0-replica-1`, …; the shards of a second layout `shard-0-of-3`, ….
+    """
 
     def __init__(
-        self, *, store: str, folder: Path, num_shards: int = 2, query_port: int = QUERY_PORT, grace_s: float = _GRACE_S
+        self,
+        *,
+        store: str,
+        folder: Path,
+        num_shards: int = 2,
+        next_num_shards: int | None = None,
+        replicas: int = 1,
+        query_port: int = QUERY_PORT,
+        grace_s: float = _GRACE_S,
     ) -> None:
         """Plans the processes; nothing runs yet.
 
@@ -87,22 +101,35 @@ class LocalStack:
             store: The object store: a folder or a URL.
             folder: Logs go to `<folder>/logs/<name>.log`.
             num_shards: Number of shards.
-            query_port: Port of the query service; shard i takes `query_port + 10 + i`. 0: any free ports.
+            next_num_shards: Number of shards of a second layout, to re-shard to; None: there is none.
+            replicas: Of each shard.
+            query_port: Port of the query service; the shards' replicas, one after another, take `query_port + 10`
+                and those after it. 0: any free ports.
             grace_s: Seconds a process has to end before it is killed.
 
         Raises:
             InvalidInputError: a number is out of range.
         """
-        if not 1 <= num_shards <= MAX_SHARDS:
-            raise InvalidInputError(f"shards = {num_shards}: give a number from 1 to {MAX_SHARDS}")
+        sizes = [num_shards] if next_num_shards is None else [num_shards, next_num_shards]
+        if min(*sizes, replicas) < 1 or sum(sizes) * replicas > MAX_SHARDS:
+            raise InvalidInputError(
+                f"shards = {' and '.join(map(str, sizes))} with replicas = {replicas}: give at least 1 of each, and "
+                f"at most {MAX_SHARDS} processes"
+            )
+        if next_num_shards == num_shards:
+            raise InvalidInputError(f"next shards = {num_shards}: there are as many already; give another number")
         if not 0 <= query_port <= 65_535 - SHARD_PORT_OFFSET - MAX_SHARDS:
             raise InvalidInputError(f"port = {query_port}: give a port up to {65_535 - SHARD_PORT_OFFSET - MAX_SHARDS}")
         if query_port:
-            ports = [query_port, *(query_port + SHARD_PORT_OFFSET + shard for shard in range(num_shards))]
+            ports = [query_port, *range(query_port + SHARD_PORT_OFFSET, 65_536)]
         else:
-            ports = _free_ports(1 + num_shards)
-        self.query_address = f"{HOST}:{ports[0]}"
-        self.shard_addresses = tuple(f"{HOST}:{port}" for port in ports[1:])
+            ports = _free_ports(1 + sum(sizes) * replicas)
+        addresses = (f"{HOST}:{port}" for port in ports)
+        self.query_address = next(addresses)
+        self.layouts: tuple[Layout, ...] = tuple(
+            tuple(tuple(itertools.islice(addresses, replicas)) for _ in range(size)) for size in sizes
+        )
+        """The addresses of the shards' replicas, by layout."""
         self.store = store
         self._logs = folder.absolute() / "logs"
         self._grace_s = grace_s
@@ -126,6 +153,11 @@ class LocalStack:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+    @property
+    def shard_addresses(self) -> tuple[str, ...]:
+        """All replicas of all shards of all layouts."""
+        return tuple(address for layout in self.layouts for addresses in layout for address in addresses)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -251,21 +283,22 @@ class LocalStack:
                 time.sleep(_POLL_S)
 
     def _plan(self) -> list[ProcessSpec]:
-        shards = ",".join(self.shard_addresses)
-        num_shards = len(self.shard_addresses)
+        shards = layouts_text(self.layouts)
         program = [sys.executable, "-m", "cli.main"]
         store = {"TWOTOWER_STORE": self.store}
         return [
             ProcessSpec(VALKEY, _valkey_command(self._socket_folder), {}, "", ""),
             *(
                 ProcessSpec(
-                    f"shard-{number}",
+                    f"shard-{number}{suffix}" + (f"-replica-{replica}" if replica else ""),
                     [*program, "serve", "index"],
-                    {**store, "TWOTOWER_SHARD": f"{number}/{num_shards}", "TWOTOWER_ADDRESS": address},
+                    {**store, "TWOTOWER_SHARD": f"{number}/{len(layout)}", "TWOTOWER_ADDRESS": address},
                     address,
                     _INDEX_SERVICE,
                 )
-                for number, address in enumerate(self.shard_addresses)
+                for layout, suffix in zip(self.layouts, ("", f"-of-{len(self.layouts[-1])}"), strict=False)
+                for number, addresses in enumerate(layout)
+                for replica, address in enumerate(addresses)
             ),
             ProcessSpec(
                 QUERY,

@@ -18,7 +18,8 @@ StoreUrl = Annotated[
 Shards = Annotated[
     str | None,
     typer.Option(
-        help="Address of each shard, host:port,host:port; the position is its number. [env var: TWOTOWER_SHARDS]",
+        help="Address of each shard: a:1|a:2,b:1;c:1,d:1,e:1 with , between shards, | between replicas of one, "
+        "; between layouts. [env var: TWOTOWER_SHARDS]",
         metavar="ADDRESSES",
     ),
 ]

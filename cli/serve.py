@@ -80,6 +80,14 @@ def query(
         str | None,
         typer.Option(help="The embedding cache; without it there is none. [env var: REDIS_URL]", metavar="URL"),
     ] = None,
+    shadow_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the requests that a standby version answers too, to be compared; 0: none. "
+            "[env var: TWOTOWER_SHADOW_SHARE]",
+            metavar="SHARE",
+        ),
+    ] = None,
     poll_interval_s: PollInterval = None,
     reflection: Reflection = None,
 ) -> None:
@@ -93,6 +101,7 @@ def query(
         "address": address,
         "store": store,
         "redis_url": redis_url,
+        "shadow_share": shadow_share,
         "poll_interval_s": poll_interval_s,
         "reflection": reflection,
     }

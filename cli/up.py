@@ -40,6 +40,15 @@ class ProcessLine:
 
 def up(
     shards: Annotated[int, typer.Option(help="How many index shards.", metavar="COUNT", min=1)] = 2,
+    replicas: Annotated[int, typer.Option(help="How many replicas of each shard.", metavar="COUNT", min=1)] = 1,
+    next_shards: Annotated[
+        int | None,
+        typer.Option(
+            help="Shards of a second layout beside them, to re-shard to: twotower stage VERSION --num-shards COUNT.",
+            metavar="COUNT",
+            min=1,
+        ),
+    ] = None,
     store: options.StoreUrl = DEFAULT_STORE,
     port: Annotated[
         int, typer.Option(help="Of the query service; shards listen from PORT + 10 on. 0: any free ports.", min=0)
@@ -48,12 +57,17 @@ def up(
         Path, typer.Option(help="Logs go to FOLDER/logs.", metavar="FOLDER", envvar="TWOTOWER_FOLDER")
     ] = Path("var"),
 ) -> None:
-    """Start Valkey, the shards, the query service and the rollout controller; end all on Ctrl-C or when one ends."""
+    """Start Valkey, the shards, the query service and the rollout controller; end all on Ctrl-C or when one ends.
+
+    The settings of all of them, TWOTOWER_<NAME>, are passed on.
+    """
     from cli.local_stack import LocalStack
     from towers.store import Store
 
     opened = Store(store)
-    stack = LocalStack(store=store, folder=folder, num_shards=shards, query_port=port)
+    stack = LocalStack(
+        store=store, folder=folder, num_shards=shards, next_num_shards=next_shards, replicas=replicas, query_port=port
+    )
     try:
         death = asyncio.run(_run(stack, opened, store))
     finally:
@@ -77,9 +91,7 @@ async def _run(stack: "LocalStack", store: "Store", store_url: str) -> "Death | 
     view: _Live | _Lines = _Live() if sys.stdout.isatty() else _Lines()
     loop = asyncio.get_running_loop()
     advice, ask_again_s = "", loop.time()
-    async with StatusCollector(
-        (tuple((address,) for address in stack.shard_addresses),), [stack.query_address]
-    ) as collector:
+    async with StatusCollector(stack.layouts, [stack.query_address]) as collector:
         with view:
             while not stopped.done():
                 if death := stack.first_death():
@@ -112,8 +124,8 @@ def advise(store: "Store", store_url: str) -> str:
 
 def lines_of(stack: "LocalStack", fleet: "Fleet") -> list[ProcessLine]:
     """One line per process."""
-    replicas = {f"shard-{replica.shard}": replica for replica in fleet.shards}
-    replicas |= dict.fromkeys(("query",), fleet.query_services[0])
+    by_address = {replica.address: replica for replica in fleet.replicas}
+    replicas = {name: by_address[stack.address(name)] for name in stack.names if stack.address(name) in by_address}
     return [
         ProcessLine(
             name=name,
@@ -143,7 +155,8 @@ def _versions(replica: "Replica") -> str:
 
 def _how_to_ask(stack: "LocalStack", fleet: "Fleet") -> str:
     loads = fleet.query_services[0].loads
-    is_serving = any(all(replica.serves(load.version) for replica in fleet.replicas) for load in loads)
+    fleets = [fleet.on(len(layout)) for layout in stack.layouts]
+    is_serving = any(all(replica.serves(load.version) for replica in on.replicas) for load in loads for on in fleets)
     return f"twotower retrieve NAME=VALUE … --address {stack.query_address}" if is_serving else ""
 
 

@@ -5,7 +5,7 @@ Deliberately does not know which settings there are, nor what they are for.
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ValidationError
@@ -81,10 +81,15 @@ def _layouts(layouts: tuple[Layout, ...]) -> tuple[Layout, ...]:
         raise ValueError("every shard has at least one address: | is between replicas, `,` between shards")
     if repeated := [size for size, following in itertools.pairwise(sizes) if size == following]:
         raise ValueError(
-            f"two layouts have {repeated[0]} shards, and a layout is known by its number of shards; "
+            f"two layouts have the same number of shards, {repeated[0]}, by which a layout is known; "
             "replicas of a shard stand in one layout, with | between them"
         )
     return layouts
+
+
+def layouts_text(layouts: Sequence[Layout]) -> str:
+    """Layouts as the setting has them."""
+    return ";".join(",".join("|".join(addresses) for addresses in layout) for layout in layouts)
 
 
 Address = Annotated[str, AfterValidator(_address)]

@@ -20,7 +20,19 @@ from towers.errors import ConflictError, GoldenDriftError, InvalidFeatureError
 from towers.store import Store
 
 HEAVY = ("torch", "pyarrow", "deltalake", "numpy", "grpc", "faiss", "redis", "onnxruntime", "rich.live")
-COMMANDS = ["train", "checkpoints", "up", "retrieve", "status", "stage", "promote", "rollback", "rollout", "demo"]
+COMMANDS = [
+    "train",
+    "checkpoints",
+    "up",
+    "retrieve",
+    "status",
+    "stage",
+    "promote",
+    "rollback",
+    "canary",
+    "rollout",
+    "demo",
+]
 
 WRONG = {
     "no command": ([], 2, "Missing command; see twotower --help"),
@@ -53,7 +65,11 @@ WRONG = {
         2,
         "'--shards': Input should be greater than or equal to 1; see twotower up --help",
     ),
-    "too many shards": (["up", "--shards", "1000"], 2, "shards = 1000: give a number from 1 to 64"),
+    "too many shards": (
+        ["up", "--shards", "1000"],
+        2,
+        "shards = 1000 with replicas = 1: give at least 1 of each, and at most 64 processes",
+    ),
     "no port": (["up", "--port", "70000"], 2, "port = 70000"),
     "index without settings": (["serve", "index"], 2, "TWOTOWER_STORE is not set; TWOTOWER_SHARD: "),
     "which shard": (["serve", "index", "--store", "s", "--shard", "2/2"], 2, "TWOTOWER_SHARD: "),

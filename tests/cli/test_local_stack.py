@@ -49,6 +49,45 @@ def test_fixed_ports(tmp_path: Path) -> None:
     assert stack.shard_addresses == ("127.0.0.1:50061", "127.0.0.1:50062", "127.0.0.1:50063")
 
 
+def test_replicas_and_a_second_layout_have_names_and_ports_of_their_own(tmp_path: Path) -> None:
+    stack = LocalStack(
+        store=str(tmp_path), folder=tmp_path, num_shards=1, next_num_shards=2, replicas=2, query_port=50051
+    )
+    addresses = [f"127.0.0.1:{port}" for port in range(50061, 50067)]
+    assert stack.names == (
+        "valkey",
+        "shard-0",
+        "shard-0-replica-1",
+        "shard-0-of-2",
+        "shard-0-of-2-replica-1",
+        "shard-1-of-2",
+        "shard-1-of-2-replica-1",
+        "query",
+        "rollout",
+    )
+    assert [stack.address(name) for name in stack.names[1:7]] == addresses
+    a, b, c, d, e, f = addresses
+    assert stack.layouts == (((a, b),), ((c, d), (e, f)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"num_shards": 0}, "shards = 0 with replicas = 1: give at least 1 of each"),
+        ({"replicas": 0}, "shards = 2 with replicas = 0: give at least 1 of each"),
+        (
+            {"num_shards": 20, "next_num_shards": 30, "replicas": 2},
+            "shards = 20 and 30 with replicas = 2: .* at most 64",
+        ),
+        ({"next_num_shards": 2}, "next shards = 2: there are as many already"),
+        ({"query_port": 65_535}, "port = 65535: give a port up to 65461"),
+    ],
+)
+def test_numbers_that_make_no_stack_are_refused(tmp_path: Path, wrong: dict[str, int], told: str) -> None:
+    with pytest.raises(InvalidInputError, match=told):
+        LocalStack(**{"store": str(tmp_path), "folder": tmp_path, **wrong})
+
+
 _PARENT = """
 import signal, sys
 from pathlib import Path

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from towers.settings import Layouts
+from towers.settings import Layouts, layouts_text
 
 LAYOUTS: TypeAdapter[Any] = TypeAdapter(Layouts)
 
@@ -22,6 +22,7 @@ LAYOUTS: TypeAdapter[Any] = TypeAdapter(Layouts)
 def test_shards_replicas_and_layouts_are_told_apart(text: str, layouts: Any) -> None:
     assert LAYOUTS.validate_python(text) == layouts
     assert LAYOUTS.validate_python(layouts) == layouts
+    assert LAYOUTS.validate_python(layouts_text(layouts)) == layouts
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,8 @@ def test_shards_replicas_and_layouts_are_told_apart(text: str, layouts: Any) -> 
         ("a:1;", "'' is not host:port"),
         ("a:1|b", "'b' is not host:port"),
         ("a:1,b:1;c:1|a:1", "a:1 is named more than once"),
-        ("a:1,b:1;c:1,d:1", "two layouts have 2 shards, and a layout is known by its number of shards"),
-        ("a:1;b:1,c:1;d:1", "two layouts have 1 shards"),
+        ("a:1,b:1;c:1,d:1", "two layouts have the same number of shards, 2, by which a layout is known"),
+        ("a:1;b:1,c:1;d:1", "two layouts have the same number of shards, 1"),
     ],
 )
 def test_what_is_wrong_with_layouts_is_told(wrong: Any, told: str) -> None:
