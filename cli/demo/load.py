@@ -5,6 +5,7 @@ Deliberately does not judge the answers; it records them all, with their times, 
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import signal
@@ -94,6 +95,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=200.0, help="calls a second, all clients together")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which it ends by itself")
     options = parser.parse_args()
+    # All answers are kept: the collector would walk through them again and again, and the pauses would be measured.
+    gc.disable()
     queries = json.loads(options.queries.read_text())
     answers = asyncio.run(
         call_until_stopped(options.address, queries, options.k, options.clients, options.rate, options.limit)
