@@ -158,6 +158,7 @@ def _as_json(overview: "Overview", next_step: str) -> dict[str, Any]:
                 "address": replica.address,
                 "error": replica.error,
                 "deployment_revision": replica.deployment_revision,
+                "layouts": sorted(replica.layouts),
                 "versions": [asdict(load) | {"state": load.state.value} for load in replica.loads],
                 "shadow": asdict(replica.shadow) if replica.shadow else None,
                 "traffic": [asdict(part) for part in replica.traffic],
@@ -165,7 +166,7 @@ def _as_json(overview: "Overview", next_step: str) -> dict[str, Any]:
             for replica in fleet.replicas
         ],
         "shadow": asdict(shadow) if shadow else None,
-        "traffic": [asdict(fleet.traffic_of(version, deployment.revision)) for version in deployment.versions],
+        "traffic": [asdict(fleet.traffic_of(slot, deployment.revision)) for slot in _filled(deployment)],
         "gates": [
             {"name": gate.name, "outcome": gate.outcome.value, "explanation": gate.explanation}
             for gate in overview.gates
@@ -197,15 +198,15 @@ def _print_overview(overview: "Overview", next_step: str, console: "Console") ->
         for note in _notes(replica):
             console.print(Text(f"{replica.name}: {note}"))
 
-    traffic = [overview.fleet.traffic_of(version, deployment.revision) for version in deployment.versions]
-    if any(part.num_requests for part in traffic):
+    traffic = [(slot, overview.fleet.traffic_of(slot, deployment.revision)) for slot in _filled(deployment)]
+    if any(part.num_requests for _, part in traffic):
         print_table(
             console,
             f"Traffic since revision {deployment.revision}",
             ("version", "requests", "failed", "p50", "p99"),
             [
-                (str(part.version), str(part.num_requests), str(part.num_errors), _ms(part.p50_s), _ms(part.p99_s))
-                for part in traffic
+                (_slot(slot), str(part.num_requests), str(part.num_errors), _ms(part.p50_s), _ms(part.p99_s))
+                for slot, part in traffic
             ],
         )
     if overview.gates:
@@ -271,6 +272,10 @@ def _updates(load: "LoadStatus") -> str:
 def _state(load: "LoadStatus") -> str:
     is_underway = load.state.value == "building"
     return f"{load.version} {load.state.value}{f' {load.progress:.0%}' if is_underway else ''}"
+
+
+def _filled(record: "Deployment") -> list["Slot"]:
+    return [slot for slot in (record.live, record.standby) if slot.version is not None]
 
 
 def _slot(slot: "Slot") -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+from towers.deployment import Slot
+
 Role = Literal["shard", "query service"]
 
 
@@ -101,9 +103,10 @@ class Shadow:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests that one version answered, or failed to, since the deployment record last changed."""
+    """Requests that one version answered on one layout, or failed to, since the deployment record last changed."""
 
     version: int
+    num_shards: int
     num_requests: int
     num_errors: int
     """Those that failed for a reason that is not the caller's."""
@@ -131,6 +134,8 @@ class Replica:
     loads: Sequence[LoadStatus] = ()
     error: str = ""
     """Why there is no valid answer, in words; empty when there is one."""
+    layouts: frozenset[int] = frozenset()
+    """Layouts that it can ask, by their number of shards; query services only."""
     shadow: Shadow | None = None
     """Query services only; None when nothing stands by."""
     traffic: Sequence[Traffic] = ()
@@ -175,9 +180,8 @@ class Fleet:
         Args:
             num_shards: The layout, as a deployment record names it; None: the first.
         """
-        if num_shards is None and self.shards:
-            num_shards = self.shards[0].num_shards
-        return Fleet(tuple(shard for shard in self.shards if shard.num_shards == num_shards), self.query_services)
+        size = self._size(num_shards)
+        return Fleet(tuple(shard for shard in self.shards if shard.num_shards == size), self.query_services)
 
     def shadow_of(self, version: int, live_version: int) -> Shadow | None:
         """What all query services compared, taken together; None when none has the figures of this pair.
@@ -204,27 +208,33 @@ class Fleet:
             standby_p99_s=_mean((part.standby_p99_s for part in parts), weights),
         )
 
-    def traffic_of(self, version: int, revision: int) -> Traffic:
-        """What a version answered at all query services together, since a deployment record.
+    def traffic_of(self, slot: Slot, revision: int) -> Traffic:
+        """What a slot answered at all query services together, since a deployment record.
 
         A replica that does not follow this record yet is left out: its figures are of another time. Latencies of
         several replicas are averaged by their requests.
         """
+        place = (slot.version or 0, self._size(slot.num_shards))
         parts = [
             part
             for replica in self.query_services
             if replica.deployment_revision == revision
             for part in replica.traffic
-            if part.version == version
+            if (part.version, part.num_shards) == place
         ]
         weights = [part.num_requests for part in parts]
         return Traffic(
-            version,
+            *place,
             num_requests=sum(weights),
             num_errors=sum(part.num_errors for part in parts),
             p50_s=_mean((part.p50_s for part in parts), weights),
             p99_s=_mean((part.p99_s for part in parts), weights),
         )
+
+    def _size(self, num_shards: int | None) -> int:
+        """What a deployment record means: None is the first layout."""
+        first = self.shards[0].num_shards if self.shards else None
+        return num_shards or first or 0
 
 
 def _mean(values: Iterable[float], weights: Sequence[int]) -> float:

@@ -99,14 +99,23 @@ def all_gates(
     if live_version is not None:
         results.append(shadow(fleet.shadow_of(version, live_version), staged_s, thresholds))
         if deployment.canary_share:
-            traffic, live_traffic = fleet.traffic_of(version, revision), fleet.traffic_of(live_version, revision)
+            traffic, live_traffic = (fleet.traffic_of(slot, revision) for slot in (deployment.standby, deployment.live))
             results.append(canary(traffic, live_traffic, recorded_s, thresholds))
     return tuple(results)
 
 
 def replicas_available(version: int, fleet: Fleet) -> GateResult:
-    """Waits until every shard and every query service says that the version is AVAILABLE."""
+    """Waits until every shard of the layout and every query service says that the version is AVAILABLE.
+
+    A query service must know the layout too: one that does not would go on asking the former one.
+    """
     missing = [_absence(version, replica) for replica in fleet.replicas if not replica.serves(version)]
+    missing += [
+        f"{replica.name} does not know the layout of {num_shards} shards: name it in its TWOTOWER_SHARDS"
+        for num_shards in {shard.num_shards for shard in fleet.shards}
+        for replica in fleet.query_services
+        if replica.serves(version) and num_shards not in replica.layouts
+    ]
     if not fleet.shards:
         missing.append("no shard of its layout is configured in TWOTOWER_SHARDS")
     if not fleet.query_services:

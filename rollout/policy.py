@@ -63,10 +63,10 @@ def next_action(
     1. The newest published version goes on standby when it is newer than both slots; those between are skipped.
     2. A canary, whoever began it, ends when its gate refuses.
     3. A standby version that is older than the live one is kept for a rollback, nothing more.
-    4. A held standby version is left alone. So is the layout that was live before the same version moved to another.
+    4. A held standby version is left alone, as is the layout that the live version moved from.
     5. One gate that refuses is enough to hold it.
     6. When every replica of its layout has it available and every gate passes, it answers a share of the requests
-       first, if that is asked for and the live version is another; then it goes live.
+       first, if that is asked for and something is live; then it goes live.
 
     Args:
         deployment: The current record.
@@ -89,7 +89,7 @@ def next_action(
         kept = f", version {standby} is kept for a rollback" if standby else ""
         return Wait(f"version {live} is live{kept}; no newer one is published")
     if deployment.held and standby == live:
-        return Wait(f"version {live} is live, its former layout is kept for a rollback; no newer one is published")
+        return Wait(f"version {live} is live, its other layout is left alone: {deployment.reason}")
     if deployment.held:
         return Wait(f"version {standby} is held until a newer one is published: {deployment.reason}")
     if refusals:
@@ -99,7 +99,7 @@ def next_action(
     undecided = [gate for gate in (availability, *gates) if gate.outcome is not Outcome.PASS]
     if undecided:
         return Wait(f"version {standby} stands by; {undecided[0]}")
-    if canary_share and not deployment.canary_share and live not in (0, standby):
+    if canary_share and not deployment.canary_share and live:
         return Canary(standby, canary_share)
     return Promote(standby)
 

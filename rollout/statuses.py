@@ -148,9 +148,17 @@ class StatusCollector:
             address,
             deployment_revision=answer.deployment_revision,
             loads=loads,
+            layouts=frozenset(connection.num_shards for connection in answer.shards),
             shadow=_shadow(answer.shadow) if answer.HasField("shadow") else None,
             traffic=[
-                Traffic(part.checkpoint_version, part.num_requests, part.num_errors, part.p50_s, part.p99_s)
+                Traffic(
+                    part.checkpoint_version,
+                    part.num_shards,
+                    part.num_requests,
+                    part.num_errors,
+                    part.p50_s,
+                    part.p99_s,
+                )
                 for part in answer.traffic
             ],
         )

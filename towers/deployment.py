@@ -1,4 +1,4 @@
-"""The deployment record: which checkpoint version is live, which stands by.
+"""The deployment record: which checkpoint version is live on which layout of shards, which stands by.
 
 Deliberately does not know who follows it. Records are immutable files; the highest revision wins; a new one is put
 only if absent, so of two writers that race one gets a conflict.
@@ -96,7 +96,7 @@ def canaried(current: Deployment, share: float, reason: str) -> Deployment:
     """Lets the standby version answer a share of the requests; `held` ends it.
 
     Raises:
-        InvalidInputError: the share is not between 0 and 1, or there are not two versions to share the requests.
+        InvalidInputError: the share is not between 0 and 1, or one of the slots is empty.
     """
     if not 0 < share < 1:
         raise InvalidInputError(f"share = {share}: give a number above 0 and below 1, for example 0.05")
@@ -104,8 +104,6 @@ def canaried(current: Deployment, share: float, reason: str) -> Deployment:
         raise InvalidInputError("no version stands by; stage one first: twotower stage VERSION")
     if current.live_version is None:
         raise InvalidInputError("nothing is live to share the requests with; twotower promote")
-    if current.standby_version == current.live_version:
-        raise InvalidInputError(f"version {current.live_version} stands by on another layout; a canary needs another")
     return _next(current, reason, canary_share=share)
 
 

@@ -20,7 +20,8 @@ def shard(number: int, *loads: LoadStatus, num_shards: int = 2, address: str = "
 
 
 def query_service(*loads: LoadStatus, error: str = "", **fields: Any) -> Replica:
-    return Replica("query service", "query:0", deployment_revision=1, loads=loads, error=error, **fields)
+    known = {"layouts": frozenset((2, 3, 4)), **fields}
+    return Replica("query service", "query:0", deployment_revision=1, loads=loads, error=error, **known)
 
 
 def fleet(*loads: LoadStatus, num_shards: int = 2) -> Fleet:

@@ -41,6 +41,7 @@ class ScriptedReplica:
     deployment_revision: int = 3
     shadow: Shadow | None = None
     traffic: Sequence[Traffic] = ()
+    layouts: Sequence[int] = (2, 3)
     address: str = field(default="", init=False)
 
     async def wait_or_fail(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -102,6 +103,11 @@ class _QueryService(query_service_pb2_grpc.QueryServiceServicer):
         await self._script.wait_or_fail(context)
         return query_service_pb2.GetStatusResponse(
             deployment_revision=self._script.deployment_revision,
+            shards=[
+                query_service_pb2.ShardConnection(shard=shard, num_shards=num_shards)
+                for num_shards in self._script.layouts
+                for shard in range(num_shards)
+            ],
             shadow=self._script.shadow and query_service_pb2.ShadowStatus(**_renamed(self._script.shadow)),
             traffic=[query_service_pb2.VersionTraffic(**_renamed(part)) for part in self._script.traffic],
             towers=[

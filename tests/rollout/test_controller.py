@@ -241,8 +241,8 @@ def answered(
     """The query service follows the record, and has answered so many requests at version 2."""
     services.query_service.deployment_revision = DeploymentStore(store).current().revision
     services.query_service.traffic = [
-        Traffic(1, 900, 0, 0.005, 0.01),
-        Traffic(2, num_requests, num_errors, p99_s / 2, p99_s),
+        Traffic(1, 2, 900, 0, 0.005, 0.01),
+        Traffic(2, 2, num_requests, num_errors, p99_s / 2, p99_s),
     ]
 
 
@@ -256,7 +256,7 @@ def test_a_canary_that_does_well_is_promoted(folder_url: str) -> None:
             assert await controller.step() == Canary(2, 0.1)
             assert DeploymentStore(store).current().canary_share == 0.1
             # Figures of the time before the canary do not count.
-            services.query_service.traffic = [Traffic(2, 500, 500, 0.1, 0.1)]
+            services.query_service.traffic = [Traffic(2, 2, 500, 500, 0.1, 0.1)]
             waiting = await controller.step()
             assert isinstance(waiting, Wait)
             assert "canary: 0 of 100 requests answered, 0 failed" in waiting.reason
@@ -420,7 +420,7 @@ def test_the_live_version_moves_to_more_shards_and_stays_there(folder_url: str) 
             assert (record.live, record.standby) == ((1, 3), (1, None))
             resting = await controller.step()
             assert resting == Wait(
-                "version 1 is live, its former layout is kept for a rollback; no newer one is published"
+                "version 1 is live, its other layout is left alone: promoted by the rollout controller: all gates pass"
             )
             # The next version is served by the new layout alone.
             publish(store)
@@ -470,7 +470,7 @@ def test_of_two_controllers_one_begins_the_canary_and_one_ends_it(folder_url: st
                 actions = []
                 while DeploymentStore(store).current().live_version != version:
                     answered(store, services, 0)
-                    services.query_service.traffic = [Traffic(version, 100, 0, 0.01, 0.01)]
+                    services.query_service.traffic = [Traffic(version, 2, 100, 0, 0.01, 0.01)]
                     actions += await asyncio.gather(*(controller.step() for controller in both))
                 done = [action for action in actions if not isinstance(action, Wait)]
                 assert sorted(map(str, done)) == sorted(

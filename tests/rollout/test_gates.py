@@ -290,7 +290,7 @@ def test_shadow(figures: Shadow | None, staged_s: float, limits: dict[str, Any],
 
 
 def traffic(num_requests: int, num_errors: int = 0, p99_s: float = 0.010) -> Traffic:
-    return Traffic(2, num_requests, num_errors, p99_s / 2, p99_s)
+    return Traffic(2, 2, num_requests, num_errors, p99_s / 2, p99_s)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_a_canary_is_judged_only_while_it_runs() -> None:
 def test_all_gates_use_the_thresholds() -> None:
     statuses = Fleet(
         fleet(load(1), scored(2, 0.9, 0.1, 0.1, num_items=50)).shards,
-        [query_service(load(1), load(2), shadow=shadowed(5), traffic=[traffic(9), Traffic(1, 9, 0, 0.001, 0.001)])],
+        [query_service(load(1), load(2), shadow=shadowed(5), traffic=[traffic(9), Traffic(1, 2, 9, 0, 0.001, 0.001)])],
     )
     deployment = record(1, 2, canary_share=0.1)
 

@@ -184,16 +184,19 @@ def test_a_share_that_is_none(standing_by: Store, share: float) -> None:
     assert len(history(standing_by)) == 3
 
 
-def test_no_canary_without_two_versions(store: Store) -> None:
+def test_no_canary_without_two_slots(store: Store) -> None:
     with pytest.raises(InvalidInputError, match="no version stands by"):
         begin_canary(store, 0.1, PASS)
     operations.stage(store, 1)
     with pytest.raises(InvalidInputError, match="nothing is live"):
         begin_canary(store, 0.1, PASS)
+
+
+def test_a_canary_of_another_layout(store: Store) -> None:
+    operations.stage(store, 1)
     promote(store, PASS)
     operations.stage(store, 1, 4)
-    with pytest.raises(InvalidInputError, match="version 1 stands by on another layout"):
-        begin_canary(store, 0.1, PASS)
+    assert begin_canary(store, 0.1, PASS).canary_share == 0.1
 
 
 def test_promoting_ends_a_canary(standing_by: Store) -> None:

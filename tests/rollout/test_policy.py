@@ -122,7 +122,7 @@ ROWS = {
         BOTH,
         (PASS,),
         Wait,
-        "its former layout is kept for a rollback",
+        "its other layout is left alone",
     ),
     "the former layout, a newer version": (
         record(1, 1, True, live_num_shards=4, standby_num_shards=2),
@@ -156,7 +156,7 @@ CANARY_ROWS = {
     "a gate refuses": (record(1, 2), (PASS, REFUSE), BOTH, 0.1, Hold(2, str(REFUSE))),
     "a replica lacks it": (record(1, 2), (PASS,), fleet(load(1)), 0.1, Wait),
     "nothing is live": (record(None, 2), (PASS,), BOTH, 0.1, Promote(2)),
-    "another layout of one version": (record(2, 2, live_num_shards=9), (PASS,), BOTH, 0.1, Promote(2)),
+    "another layout of one version": (record(2, 2, live_num_shards=9), (PASS,), BOTH, 0.1, Canary(2, 0.1)),
     "it runs": (ON_CANARY, (PASS, CANARY_WAIT), BOTH, 0.1, Wait),
     "it is well": (ON_CANARY, (PASS, CANARY_PASS), BOTH, 0.1, Promote(2)),
     "it is bad": (ON_CANARY, (PASS, CANARY_REFUSE), BOTH, 0.1, Hold(2, str(CANARY_REFUSE))),
@@ -226,7 +226,15 @@ fleets = st.builds(
         max_size=3,
     ),
     query_services=st.lists(
-        st.builds(Replica, st.just("query service"), st.just("b:1"), loads=loads, error=errors), max_size=2
+        st.builds(
+            Replica,
+            st.just("query service"),
+            st.just("b:1"),
+            loads=loads,
+            error=errors,
+            layouts=st.frozensets(st.sampled_from([2, 4])),
+        ),
+        max_size=2,
     ),
 ) | st.builds(fleet, st.builds(load, versions))
 gate_results = st.lists(st.sampled_from([PASS, PASS, WAIT, REFUSE, CANARY_PASS, CANARY_REFUSE]), max_size=4)
@@ -253,6 +261,8 @@ def test_what_it_never_does(
             needed = statuses.on(deployment.standby_num_shards)
             assert needed.shards
             assert needed.query_services
+            for replica in needed.query_services:
+                assert needed.shards[0].num_shards in replica.layouts
             for replica in needed.replicas:
                 assert replica.error == ""
                 status = replica.load_of(version)
@@ -260,7 +270,7 @@ def test_what_it_never_does(
                 assert status.state is State.AVAILABLE
             if isinstance(action, Canary):
                 assert action.share == share > deployment.canary_share
-                assert 0 < live < standby
+                assert 0 < live <= standby
         case Hold(version, reason):
             assert version == standby
             assert not deployment.held or deployment.canary_share, "a record that changes nothing would be written"

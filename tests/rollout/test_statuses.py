@@ -10,6 +10,7 @@ from scripted_services import ScriptedReplica, ScriptedServices, scripted_servic
 
 from rollout.fleet import Fleet, Replica, SearchSetting, Shadow, State, Traffic
 from rollout.statuses import StatusCollector
+from towers.deployment import Slot
 
 
 async def collect(services: ScriptedServices, shards: list[str] | None = None, timeout_s: float = 5.0) -> Fleet:
@@ -64,10 +65,10 @@ def test_all_of_a_query_services_answer_arrives(state: State) -> None:
         async with scripted_services() as services:
             services.query_service.loads = [said]
             services.query_service.shadow = shadow = Shadow(2, 1, 3, 4, 0.5, 0.6, 0.7, 0.8, 0.9)
-            services.query_service.traffic = traffic = [Traffic(1, 2, 3, 0.4, 0.5), Traffic(2, 7, 0, 0.1, 0.2)]
+            services.query_service.traffic = traffic = [Traffic(1, 2, 2, 1, 0.4, 0.5), Traffic(2, 3, 7, 0, 0.1, 0.2)]
             (replica,) = (await collect(services)).query_services
             assert (replica.loads, replica.error, replica.deployment_revision) == ([said], "", 3)
-            assert (replica.shadow, replica.traffic) == (shadow, traffic)
+            assert (replica.shadow, replica.traffic, replica.layouts) == (shadow, traffic, {2, 3})
             assert replica.name == f"query service at {services.query_service.address}"
 
     asyncio.run(scenario())
@@ -161,14 +162,15 @@ def test_figures_of_all_query_services_are_taken_together() -> None:
     assert asked(Shadow(2, 1, 0, 2, 0, 0, 0, 0, 0)).shadow_of(2, 1) == Shadow(2, 1, 0, 2, 0, 0, 0, 0, 0)
 
 
-def test_traffic_of_another_record_does_not_count() -> None:
-    fast, slow = Traffic(2, 30, 1, 1.0, 2.0), Traffic(2, 10, 2, 5.0, 6.0)
+def test_traffic_of_another_record_or_layout_does_not_count() -> None:
+    fast, slow = Traffic(2, 4, 30, 1, 1.0, 2.0), Traffic(2, 4, 10, 2, 5.0, 6.0)
     replicas = [
-        *asked(None, traffic=[fast, Traffic(1, 7, 0, 1.0, 1.0)]).query_services,
+        *asked(None, traffic=[fast, Traffic(1, 2, 7, 0, 1.0, 1.0), Traffic(2, 2, 5, 0, 1.0, 1.0)]).query_services,
         *asked(None, traffic=[slow]).query_services,
-        *asked(None, revision=9, traffic=[Traffic(2, 99, 9, 9.0, 9.0)]).query_services,
+        *asked(None, revision=9, traffic=[Traffic(2, 4, 99, 9, 9.0, 9.0)]).query_services,
     ]
-    fleet = Fleet((), replicas)
-    assert fleet.traffic_of(2, 1) == Traffic(2, 40, 3, 2.0, 3.0)
-    assert fleet.traffic_of(1, 1) == Traffic(1, 7, 0, 1.0, 1.0)
-    assert fleet.traffic_of(5, 1) == Traffic(5, 0, 0, 0.0, 0.0)
+    fleet = Fleet([Replica("shard", "a:2", 0, 2)], replicas)
+    assert fleet.traffic_of(Slot(2, 4), 1) == Traffic(2, 4, 40, 3, 2.0, 3.0)
+    assert fleet.traffic_of(Slot(2, None), 1) == Traffic(2, 2, 5, 0, 1.0, 1.0), "None is the first layout"
+    assert fleet.traffic_of(Slot(1, None), 1) == Traffic(1, 2, 7, 0, 1.0, 1.0)
+    assert fleet.traffic_of(Slot(5, 4), 1) == Traffic(5, 4, 0, 0, 0.0, 0.0)

@@ -143,10 +143,9 @@ def test_a_canary_ends_with_the_record_that_began_it() -> None:
         (1, 2, float("nan"), "share = nan"),
         (1, None, 0.1, "no version stands by"),
         (None, 2, 0.1, "nothing is live"),
-        (1, 1, 0.1, "version 1 stands by on another layout"),
     ],
 )
-def test_a_canary_needs_two_versions(live: int | None, standby: int | None, share: float, reason: str) -> None:
+def test_a_canary_needs_two_slots(live: int | None, standby: int | None, share: float, reason: str) -> None:
     with pytest.raises(InvalidInputError, match=reason):
         canaried(_record(live, standby), share, "test")
 
