@@ -106,8 +106,11 @@ def test_json(stack: LocalStack, twotower: Twotower) -> None:
     assert (answer["checkpoint_version"], answer["shards_answered"], answer["shards_total"]) == (1, 2, 2)
     assert answer["degraded_reasons"] == []
     assert answer["milliseconds"] > 0
-    again = twotower("retrieve", *QUERY, "-k", "3", "--json", "--address", stack.query_address).json
-    assert again["embedding_cached"]
+    # A cache that is slow for a moment counts as a miss, and this machine may be busy.
+    give_up_s = time.monotonic() + WAIT_S
+    while not answer["embedding_cached"]:
+        assert time.monotonic() < give_up_s
+        answer = twotower("retrieve", *QUERY, "-k", "3", "--json", "--address", stack.query_address).json
 
 
 def test_table(stack: LocalStack, twotower: Twotower) -> None:
