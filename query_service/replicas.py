@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 8.0
+_LONGEST_PAUSE_S = 4.0
 _LACKING_PAUSE_S = 1.0
 _ANY_VERSION = 0
 
@@ -21,6 +21,7 @@ class Replica:
         self.is_reachable = True
         """Whether its last call was answered, if only with the word that it lacks the version."""
         self._pause_s = 0.0
+        self._is_probed = False
         self._rests_until_s: dict[int, float] = {}
 
     def answered(self) -> None:
@@ -29,6 +30,7 @@ class Replica:
         if self._rests_until_s:
             self._rests_until_s.clear()
             self._pause_s = 0.0
+            self._is_probed = False
 
     def lacks(self, version: int, now_s: float) -> None:
         """It does not hold a version; that says nothing of others."""
@@ -36,10 +38,12 @@ class Replica:
         self._rests_until_s[version] = now_s + _LACKING_PAUSE_S
 
     def failed(self, now_s: float) -> None:
-        """Others go before it for a while, which grows from failure to failure."""
+        """Others go before it for a while, which grows from failure to failure; those that come together are one."""
         self.is_reachable = False
-        self._pause_s = min(max(_FIRST_PAUSE_S, 2 * self._pause_s), _LONGEST_PAUSE_S)
-        self._rests_until_s[_ANY_VERSION] = now_s + self._pause_s
+        if self._is_probed or now_s >= self._rests_until_s.get(_ANY_VERSION, 0.0):
+            self._is_probed = False
+            self._pause_s = min(max(_FIRST_PAUSE_S, 2 * self._pause_s), _LONGEST_PAUSE_S)
+            self._rests_until_s[_ANY_VERSION] = now_s + self._pause_s
 
     def rests(self, version: int, now_s: float) -> bool:
         """Whether others go before it."""
@@ -48,6 +52,7 @@ class Replica:
     def probe(self, now_s: float) -> None:
         """One that failed is tried by a single request: the next ones wait for what comes of it."""
         if not self.is_reachable:
+            self._is_probed = True
             self._rests_until_s[_ANY_VERSION] = now_s + self._pause_s
 
 

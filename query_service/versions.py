@@ -229,11 +229,9 @@ class Versions:
 
     def _places(self) -> list[Place | None]:
         """Where the record's live and standby versions are to answer."""
-        record = self.deployment
-        slots = ((record.live_version, record.live_num_shards), (record.standby_version, record.standby_num_shards))
         return [
             Place(version, num_shards or self._layouts[0]) if version is not None else None
-            for version, num_shards in slots
+            for version, num_shards in (self.deployment.live, self.deployment.standby)
         ]
 
     def _can_answer(self, place: Place | None) -> TypeGuard[Place]:

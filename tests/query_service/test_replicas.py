@@ -180,7 +180,8 @@ def test_a_replica_that_failed_is_probed_by_one_request_at_a_time() -> None:
         return [shard.next_two(version, now_s)[0] for _ in range(8)].count(replica)
 
     assert num_turns(first, 1, 0.0) == 4
-    first.failed(now_s=0.0)
+    for _ in range(9):
+        first.failed(now_s=0.0)
     assert shard.next_two(1, 0.1) == (second, first)
     assert num_turns(first, 1, 0.4) == 0
     assert num_turns(first, 1, 0.6) == 1
@@ -189,9 +190,10 @@ def test_a_replica_that_failed_is_probed_by_one_request_at_a_time() -> None:
     assert num_turns(first, 1, 1.7) == 1
     first.answered()
     assert num_turns(first, 1, 1.7) == 4
-    for _ in range(20):
-        first.failed(now_s=2.0)
-    assert num_turns(first, 1, 2.0 + 8.1) == 1, "but not for ever"
+    for now_s in range(10, 100, 10):
+        first.failed(now_s)
+    assert num_turns(first, 1, 90 + 3.9) == 0
+    assert num_turns(first, 1, 90 + 4.1) == 1, "but not for ever"
 
 
 def test_a_replica_that_lacks_a_version_comes_last_for_that_version_alone() -> None:
