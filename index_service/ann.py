@@ -5,12 +5,14 @@ the search parameters of each kind of index.
 """
 
 import re
+from functools import cached_property
 from typing import Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from index_service.lists import Lists, is_numbered_by_list, number_by_list
 from index_service.plan import IndexPlan, SearchSetting
 from towers.errors import InvalidInputError
 
@@ -41,14 +43,12 @@ class AnnIndex:
         """
         self.plan = plan
         self.base = base
-        self.exact = exact
+        self.exact = exact = _shared_storage(base, exact)
         self.dim: int = exact.d
         self.num_items: int = exact.ntotal
         self._index: Any = exact if base is None else base
-        if base is not None:
-            _share_storage(base, exact)
-            if _REFINED.fullmatch(plan.index_type):
-                self._index = faiss.IndexRefine(base, exact)
+        if base is not None and _REFINED.fullmatch(plan.index_type):
+            self._index = faiss.IndexRefine(base, exact)
         self._knobs = [(setting.k, parsed_parameters(setting.parameters)) for setting in plan.settings]
         self._limits = _limits(self._index)
         self._prepared = [_parameters(self._index, knobs, None) for _, knobs in self._knobs]
@@ -75,6 +75,17 @@ class AnnIndex:
             return 1
         k, knobs = self._knobs[-1]
         return max([k, *(-(-k * limit // knobs[name]) for name, limit in self._limits.items() if name in knobs)])
+
+    @cached_property
+    def lists(self) -> Lists | None:
+        """The lists of an IVF index whose rows are numbered list by list; None for any other."""
+        is_ordered = isinstance(self.base, faiss.IndexIVF) and is_numbered_by_list(self.base)
+        return Lists(self.base) if is_ordered else None
+
+    def num_scanned(self, k: int) -> int:
+        """How many rows a search for k looks at, on average; all where there are no lists to choose from."""
+        nprobe = self._effort(k).get(_NPROBE)
+        return self.num_items if nprobe is None else -(-nprobe * self.num_items // self._limits[_NPROBE])
 
     def search(
         self, embeddings: NDArray[np.float32], k: int, effort_k: int | None = None, selector: Any = None
@@ -137,14 +148,32 @@ class AnnIndex:
         for i, (k, knobs) in enumerate(self._knobs):
             if effort_k <= k:
                 return self._prepared[i] if selector is None else _parameters(self._index, knobs, selector)
+        return _parameters(self._index, self._effort(effort_k), selector)
+
+    def _effort(self, effort_k: int) -> Knobs:
+        """The knobs of the setting for so many items; beyond the last one they grow in proportion."""
+        for k, knobs in self._knobs:
+            if effort_k <= k:
+                return knobs
         if not self._knobs:
-            return _parameters(self._index, {}, selector)
+            return {}
         k, knobs = self._knobs[-1]
-        wider = {
+        return {
             name: min(self._limits[name], -(-value * effort_k // k)) if name in self._limits else value
             for name, value in knobs.items()
         }
-        return _parameters(self._index, wider, selector)
+
+
+def in_order_of_lists(ann: AnnIndex) -> tuple[AnnIndex, NDArray[np.int64]]:
+    """The same index with its rows numbered list by list, where it has lists; the one given is then used up.
+
+    Returns:
+        The index, and `[N]` the old number of each row.
+    """
+    if not isinstance(ann.base, faiss.IndexIVF):
+        return ann, np.arange(ann.num_items)
+    order = number_by_list(ann.base)
+    return AnnIndex(ann.plan, ann.base, exact_index(ann.vectors[order])), order
 
 
 def exact_index(vectors: NDArray[np.float32]) -> Any:
@@ -223,14 +252,17 @@ def _shares_storage(base: Any) -> bool:
     return isinstance(base, faiss.IndexHNSWFlat)
 
 
-def _share_storage(base: Any, exact: Any) -> None:
-    if not _shares_storage(base):
-        return
-    if base.own_fields and base.storage is not None:
-        base.storage.this.own(True)  # The copy that it was built with goes.
+def _shared_storage(base: Any | None, exact: Any) -> Any:
+    """The exact vectors that a graph and exact search share: the graph's own where it has them, else those given."""
+    if base is None or not _shares_storage(base):
+        return exact
+    if base.storage is not None:
+        # To free it instead and put `exact` in its place breaks SWIG's types for the whole process.
+        return faiss.downcast_index(base.storage)
     base.own_fields = False
     base.storage = exact
     exact.this.own(True)  # SWIG takes an assignment for a gift.
+    return exact
 
 
 def _innermost(index: Any) -> Any:

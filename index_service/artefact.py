@@ -8,7 +8,7 @@ The layout, below `indexes/<checkpoint_version>/<shard>-of-<num_shards>/<catalog
     <build>/index.faiss         the FAISS index without its exact vectors; absent where they are the index
     <build>/vectors.f32         [N, D] little-endian float32, the exact vectors
     <build>/items.arrow         ids and attributes (Arrow IPC file), row i is vector i of the index
-    <build>/item_hashes.u64     little-endian uint64, xxh3_64 of each item id, rising: the rows are in this order
+    <build>/item_hashes.u64     little-endian uint64, xxh3_64 of each item id, in the order of the rows
     ../claim/<number>           held by the replica that builds, see `index_service.claim`
 
 Every build writes into a folder of its own, so two builders never mix files; of two that finish together the manifest
@@ -129,7 +129,7 @@ class LoadedArtefact:
     items: pa.Table
     """Ids and attributes, row i is vector i of the index."""
     item_hashes: NDArray[np.uint64]
-    """`[N]`, rising."""
+    """`[N]`, row by row."""
 
     def __post_init__(self) -> None:
         base = self.ann.base

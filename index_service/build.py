@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from index_service.ann import AnnIndex, exact_index
+from index_service.ann import AnnIndex, exact_index, in_order_of_lists
 from index_service.artefact import (
     ITEM_VECTORS,
     ArtefactManifest,
@@ -95,7 +95,7 @@ def artefact_of(
 ) -> LoadedArtefact:
     """Builds the index of embedded items, and all that belongs to it."""
     embedded, hashes = _in_order_of_hash(embedded)
-    ann = build_index(embedded.embeddings, order.exact_below)
+    ann, rows = in_order_of_lists(build_index(embedded.embeddings, order.exact_below))
     manifest = ArtefactManifest(
         revision=order.revision,
         build=new_build(),
@@ -116,7 +116,7 @@ def artefact_of(
         score_deviation=0.0,
         golden_difference=golden_difference,
     )
-    return LoadedArtefact(manifest, ann, embedded.items, hashes)
+    return LoadedArtefact(manifest, ann, embedded.items.take(pa.array(rows)), hashes[rows])
 
 
 def embed_all(tower: Tower, items: pa.Table, report: Callable[[float], None]) -> EmbeddedItems:

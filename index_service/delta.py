@@ -109,7 +109,7 @@ class Patches:
     def __init__(self, rows: NDArray[np.int64], attributes: pa.Table) -> None:
         """Takes `[P]` rows, rising, and their attributes."""
         self.rows = rows
-        self._attributes = attributes.combine_chunks()
+        self.attributes = attributes.combine_chunks()
 
     @classmethod
     def empty(cls) -> "Patches":
@@ -119,24 +119,24 @@ class Patches:
     @property
     def names(self) -> tuple[str, ...]:
         """Attributes that patched items have."""
-        return tuple(self._attributes.column_names)
+        return tuple(self.attributes.column_names)
 
     @property
     def size_bytes(self) -> int:
         """Memory of the attributes."""
-        return int(self._attributes.nbytes + self.rows.nbytes)
+        return int(self.attributes.nbytes + self.rows.nbytes)
 
     def replaced(self, rows: NDArray[np.int64], attributes: pa.Table) -> "Patches":
         """With the attributes of more rows, each at most once; what these rows had before is gone."""
         kept = self.without(rows)
         order = np.argsort(np.concatenate((kept.rows, rows)))
-        table = pa.concat_tables((kept._attributes, attributes), promote_options="default")
+        table = pa.concat_tables((kept.attributes, attributes), promote_options="default")
         return Patches(np.concatenate((kept.rows, rows))[order], table.take(pa.array(order)))
 
     def without(self, rows: NDArray[np.int64]) -> "Patches":
         """The same without some rows."""
         is_kept = ~np.isin(self.rows, rows)
-        return self if is_kept.all() else Patches(self.rows[is_kept], self._attributes.filter(pa.array(is_kept)))
+        return self if is_kept.all() else Patches(self.rows[is_kept], self.attributes.filter(pa.array(is_kept)))
 
     def apply(self, values: list[Any], name: str, rows: NDArray[np.int64]) -> list[Any]:
         """The values of an attribute of rows, with those of patched rows in their place."""
@@ -146,8 +146,8 @@ class Patches:
         patched = np.flatnonzero(self.rows[places] == rows)
         if len(patched) == 0:
             return values
-        known = name in self._attributes.column_names
-        new = self._attributes[name].take(pa.array(places[patched])).to_pylist() if known else [None] * len(patched)
+        known = name in self.attributes.column_names
+        new = self.attributes[name].take(pa.array(places[patched])).to_pylist() if known else [None] * len(patched)
         for place, value in zip(patched.tolist(), new, strict=True):
             values[place] = value
         return values

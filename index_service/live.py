@@ -8,15 +8,19 @@ out of parts of the last, so requests and updates never wait for each other.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from index_service.attributes import Attributes
 from index_service.delta import Patches, Segment, unknown_attribute, values_of
 from index_service.embed import embed_items
 from index_service.feed import Changes
+from index_service.filters import Condition
+from index_service.row_set import RowSet
 from index_service.shard import Hits, ShardIndex
 from towers.catalogue import ITEM_ID
 from towers.tower import Tower
@@ -61,25 +65,36 @@ class LiveView:
         delta_names = [name for name in self.delta.items.column_names if name != ITEM_ID]
         return tuple(dict.fromkeys((*self.base.attribute_names, *self.patches.names, *delta_names)))
 
-    def search(self, embeddings: NDArray[np.float32], k: int, excluded_item_ids: Sequence[str] = ()) -> Hits:
-        """Returns the k best items of each query: k whenever that many are not excluded.
+    def search(
+        self,
+        embeddings: NDArray[np.float32],
+        k: int,
+        condition: Condition | None = None,
+        excluded_item_ids: Sequence[str] = (),
+    ) -> Hits:
+        """Returns the k best items of each query: k whenever that many are allowed.
 
         Args:
             embeddings: `[B, D]`, row i is the unit embedding of query i.
             k: At least 1.
+            condition: What items must meet; None: nothing.
             excluded_item_ids: Items that must not be returned; unknown ids are ignored.
 
         Raises:
-            InvalidInputError: the embeddings have another dimension, are not finite or are longer than 1, or k is
-                below 1.
+            InvalidInputError: the embeddings have another dimension, are not finite or are longer than 1, k is below
+                1, or the condition names an attribute that is not filterable or holds another kind of value.
         """
         gone = np.union1d(self.tombstones, self.base.rows_of(excluded_item_ids))
-        built = self.base.search(embeddings, k, gone)
+        allowed = self._built_matching(condition) - RowSet.of_rows(gone, self.base.num_items)
+        built = self.base.search_rows(embeddings, k, allowed)
         if self.delta.num_items == 0:
             return built
         num_wanted = min(k, self.num_items)
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-        scores, rows = self.delta.search(embeddings, num_wanted, self.delta.rows_of(excluded_item_ids))  # [B, K]
+        forbidden = self.delta.rows_of(excluded_item_ids)
+        if condition is not None:
+            forbidden = np.union1d(forbidden, np.flatnonzero(~self._delta_attributes.mask(condition)))
+        scores, rows = self.delta.search(embeddings, num_wanted, forbidden)  # [B, K], [B, K]
         rows[rows >= 0] += self.base.num_items
         built_scores, built_rows = _as_columns(built, num_wanted)  # [B, K]
         scores = np.concatenate((built_scores, scores), axis=1)  # [B, 2 K]
@@ -88,6 +103,29 @@ class LiveView:
         scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)  # [B, K]
         is_hit = rows >= 0  # [B, K]
         return Hits(is_hit.sum(axis=1), scores[is_hit], rows[is_hit])
+
+    def _built_matching(self, condition: Condition | None) -> RowSet:
+        """The rows of the built index that meet a condition, by the attributes that they have now."""
+        num_rows = self.base.num_items
+        if condition is None:
+            return RowSet.everything(num_rows)
+        matching = self.base.attributes.matching(condition)
+        if len(self.patches.rows) == 0:
+            return matching
+        patched = self._patched_attributes.mask(condition)
+        unpatched = matching - RowSet.of_rows(self.patches.rows, num_rows)
+        return unpatched | RowSet.of_rows(self.patches.rows[patched], num_rows)
+
+    @cached_property
+    def _patched_attributes(self) -> Attributes:
+        # The row numbers count the rows where there are no attributes at all.
+        table = self.patches.attributes
+        columns = {"_row": pa.array(self.patches.rows), **dict(zip(table.column_names, table.columns, strict=True))}
+        return Attributes(pa.table(columns), self.base.attributes.filterable)
+
+    @cached_property
+    def _delta_attributes(self) -> Attributes:
+        return Attributes(self.delta.items.drop_columns([ITEM_ID]), self.base.attributes.filterable)
 
     def packed_ids(self, rows: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
         """UTF-8 ids of rows, one after another without a separator, and `[H]` the size of each in bytes."""

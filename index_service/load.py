@@ -78,11 +78,14 @@ class LoadedIndex:
 class IndexLoader:
     """Loads indexes of one shard."""
 
-    def __init__(self, store: Store, shard: int, num_shards: int, exact_below: int) -> None:
+    def __init__(
+        self, store: Store, shard: int, num_shards: int, exact_below: int, filterable: Collection[str] = ()
+    ) -> None:
         self._store = store
         self._shard = shard
         self._num_shards = num_shards
         self._exact_below = exact_below
+        self._filterable = filterable
         self._checkpoints = CheckpointStore(store)
         self._artefacts = ArtefactStore(store, shard, num_shards)
         self._catalogue = Catalogue(store)
@@ -239,7 +242,7 @@ class IndexLoader:
         )
         with ThreadPoolExecutor(1, "tower") as beside:
             tower = beside.submit(self._item_tower, checkpoint.version)
-            index = ShardIndex(self._artefacts.get(ref, stopped))
+            index = ShardIndex(self._artefacts.get(ref, stopped), self._filterable)
             _warm_up(index, self._recorded_queries(checkpoint, index))
             live = LiveIndex(index, tower.result())
         if changes.catalogue_version != live.catalogue_version:

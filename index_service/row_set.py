@@ -113,12 +113,61 @@ class RowSet:
         bits: NDArray[np.uint8] = self.bitmap[rows >> 3] >> (rows & 7).astype(np.uint8) & 1
         return bits.view(np.bool_)
 
+    def counts_between(self, bounds: NDArray[np.int64]) -> NDArray[np.int32]:
+        """How many rows of the set lie in each of L consecutive ranges.
+
+        Args:
+            bounds: `[L + 1]` the first row of each range, and the end of the last; the same array each time, as the
+                last answer is kept.
+
+        Returns:
+            `[L]`, never too few; up to 7 too many, where another range holds them.
+        """
+        known: tuple[NDArray[np.int64], NDArray[np.int32]] | None = self.__dict__.get("_counts")
+        if known is None or known[0] is not bounds:
+            known = bounds, self._counted(bounds)
+            self.__dict__["_counts"] = known
+        return known[1]
+
+    def rows_between(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of the set within some ranges, rising; perhaps a few beside them.
+
+        Args:
+            starts: `[L]` the first row of each range, rising.
+            ends: `[L]` the end of each.
+        """
+        if self.has_few_rows:
+            return self.rows[joined_ranges(np.searchsorted(self.rows, starts), np.searchsorted(self.rows, ends))]
+        used = joined_ranges(starts >> 3, ends + 7 >> 3)
+        # Two ranges that meet within a byte both have it.
+        used = used[np.append(True, used[1:] > used[:-1])] if len(used) else used
+        bits = np.unpackbits(self.bitmap[used], bitorder="little")
+        places = np.flatnonzero(bits)
+        rows: NDArray[np.int64] = used[places >> 3] * 8 + (places & 7)
+        return rows
+
+    def _counted(self, bounds: NDArray[np.int64]) -> NDArray[np.int32]:
+        if self.has_few_rows:
+            return np.diff(np.searchsorted(self.rows, bounds)).astype(np.int32)
+        in_byte = np.append(np.bitwise_count(self.bitmap), np.uint8(0))
+        counts = np.add.reduceat(in_byte, bounds[:-1] >> 3, dtype=np.int32)
+        # A byte that two ranges share counts for both.
+        counts += in_byte[bounds[1:] >> 3] * (bounds[1:] & 7 != 0)
+        counts[bounds[1:] == bounds[:-1]] = 0
+        return counts
+
     @cached_property
     def words(self) -> NDArray[np.uint64]:
         """64 rows a word, row 0 the lowest bit of word 0, no bit set from row N on."""
         mask = np.zeros(self.num_rows, dtype=bool)
         mask[self.rows] = True
         return RowSet(mask).words
+
+
+def joined_ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers of some ranges, one range after another."""
+    sizes = ends - starts
+    return np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
 
 
 def _without_tail(words: NDArray[np.uint64], num_rows: int) -> NDArray[np.uint64]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from retrieval.feature.v1 import feature_pb2
 from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 
+from index_service.filter_message import condition_of
 from index_service.live import LiveView
 from index_service.versions import State, Versions, VersionStatus
 from towers.errors import DeadlineError, InvalidInputError, WrongShardError
@@ -95,10 +96,11 @@ def _answer(
     if deadline_s is not None and time.monotonic() >= deadline_s:
         raise DeadlineError("the deadline passed before the search began")
     embeddings = _embeddings(request, view.dim)
+    condition = condition_of(request.filter) if request.HasField("filter") else None
     num_hits = request.num_queries * min(request.k, view.num_items)
     if num_hits > MAX_HITS:
         raise InvalidInputError(f"num_queries times k is {num_hits}, more than {MAX_HITS}; ask for fewer at a time")
-    hits = view.search(embeddings, request.k, request.excluded_item_ids)
+    hits = view.search(embeddings, request.k, condition, request.excluded_item_ids)
     item_ids, item_id_sizes = view.packed_ids(hits.rows)
     return index_service_pb2.SearchResponse(
         hit_counts=hits.counts.astype("<u4").tobytes(),

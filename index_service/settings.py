@@ -4,14 +4,19 @@ Deliberately does not know what they are used for.
 """
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from towers.settings import PREFIX, Address, invalid_settings
 
 _SHARD_HELP = f"{PREFIX}SHARD: say which shard this is, of how many, for example 0/2"
+
+
+def _split(names: Any) -> Any:
+    """`"genres, year"` to `("genres", "year")`; anything else is left for the field to refuse."""
+    return tuple(name.strip() for name in names.split(",") if name.strip()) if isinstance(names, str) else names
 
 
 class IndexSettings(BaseSettings):
@@ -41,6 +46,8 @@ class IndexSettings(BaseSettings):
     """Shards with fewer items are searched exactly, larger ones through IVF."""
     rebuild_share: float = Field(default=0.1, gt=0)
     """Share of an index that live updates may change before it is built anew in the background."""
+    filterable: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    """Attributes that filters may name, `genres,year`; each costs memory, about 4 bytes an item and value."""
     reflection: bool = False
     """Whether the gRPC reflection service is on."""
 

@@ -3,11 +3,10 @@
 Deliberately does not know gRPC, the object store, or which other versions are loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import xxhash
@@ -15,12 +14,14 @@ from numpy.typing import NDArray
 
 from index_service.ann import AnnIndex
 from index_service.artefact import ArtefactManifest, LoadedArtefact
+from index_service.attributes import Attributes
+from index_service.filters import Condition
+from index_service.planner import search_allowed
+from index_service.row_set import RowSet, joined_ranges
 from towers.catalogue import ITEM_ID
 from towers.errors import InvalidInputError
 
 _LARGEST_SQUARED_NORM = 1.01
-_EFFORT_GROWTH = 4
-_NO_ROWS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,24 @@ class Hits:
 class ShardIndex:
     """A loaded index. Never changes, so any number of threads may search it."""
 
-    def __init__(self, artefact: LoadedArtefact) -> None:
+    def __init__(self, artefact: LoadedArtefact, filterable: Collection[str] = ()) -> None:
+        """Prepares what searches need.
+
+        Args:
+            artefact: The index.
+            filterable: The attributes that conditions may name.
+        """
         self.manifest: ArtefactManifest = artefact.manifest
         self.ann: AnnIndex = artefact.ann
-        self.size_bytes: int = self.ann.size_bytes + artefact.items.nbytes + artefact.item_hashes.nbytes
-        self._hashes = artefact.item_hashes
-        items, num_items = artefact.items, artefact.manifest.num_items
-        ids = _contiguous(items.column(ITEM_ID)).cast(pa.large_binary())
+        self.attributes = Attributes(artefact.items.drop_columns([ITEM_ID]), filterable)
+        """Of the items, row by row."""
+        self.attributes.prepare()
+        self._by_hash = np.argsort(artefact.item_hashes, kind="stable").astype(np.int32)  # [N]
+        self._hashes = artefact.item_hashes[self._by_hash]  # [N], rising
+        ids = artefact.items.column(ITEM_ID).combine_chunks().cast(pa.large_binary())
         # Plain buffers and not one object an item: a load must not hold the interpreter from the searches beside it.
-        _, offsets, utf8 = ids.buffers()
-        self._id_offsets = (
-            np.frombuffer(offsets, dtype="<i8")[ids.offset : ids.offset + num_items + 1]
-            if num_items
-            else np.zeros(1, np.int64)
-        )
-        self._id_utf8: bytes = utf8.to_pybytes() if num_items else b""
-        self._attributes = {
-            name: _contiguous(items.column(name))
-            for name in items.column_names
-            if name != ITEM_ID and _is_servable(items.schema.field(name).type)
-        }
+        self._id_offsets, self._id_bytes = _binary_buffers(ids)
+        self._all = RowSet.everything(self.num_items)
 
     def __str__(self) -> str:
         return f"checkpoint {self.manifest.checkpoint_version} at catalogue {self.manifest.catalogue_version}"
@@ -73,17 +72,47 @@ class ShardIndex:
         return self.manifest.num_items
 
     @property
+    def size_bytes(self) -> int:
+        """Memory of the index, its vectors, ids and attributes."""
+        ids = (self._by_hash, self._hashes, self._id_offsets, self._id_bytes)
+        return self.ann.size_bytes + self.attributes.size_bytes + sum(part.nbytes for part in ids)
+
+    @property
     def attribute_names(self) -> tuple[str, ...]:
         """Attributes that can be asked for: strings, numbers, booleans, moments and lists of strings or numbers."""
-        return tuple(self._attributes)
+        return self.attributes.names
 
-    def search(self, embeddings: NDArray[np.float32], k: int, excluded_rows: NDArray[np.int64] = _NO_ROWS) -> Hits:
-        """Returns the k best items of each query: k whenever that many are not excluded.
+    def search(
+        self,
+        embeddings: NDArray[np.float32],
+        k: int,
+        condition: Condition | None = None,
+        excluded_item_ids: Sequence[str] = (),
+    ) -> Hits:
+        """Returns the k best items of each query: k whenever that many are allowed.
 
         Args:
             embeddings: `[B, D]`, row i is the unit embedding of query i.
             k: At least 1.
-            excluded_rows: Rows that must not be returned, each at most once.
+            condition: What items must meet; None: nothing.
+            excluded_item_ids: Items that must not be returned; unknown ids are ignored.
+
+        Raises:
+            InvalidInputError: the embeddings have another dimension, are not finite or are longer than 1, k is below
+                1, or the condition names an attribute that is not filterable or holds another kind of value.
+        """
+        allowed = self._all if condition is None else self.attributes.matching(condition)
+        if excluded_item_ids:
+            allowed -= RowSet.of_rows(self.rows_of(excluded_item_ids), self.num_items)
+        return self.search_rows(embeddings, k, allowed)
+
+    def search_rows(self, embeddings: NDArray[np.float32], k: int, allowed: RowSet) -> Hits:
+        """Returns the k best of some items for each query: k whenever that many are allowed.
+
+        Args:
+            embeddings: `[B, D]`, row i is the unit embedding of query i.
+            k: At least 1.
+            allowed: The rows that may be returned.
 
         Raises:
             InvalidInputError: the embeddings have another dimension, are not finite or are longer than 1, or k is
@@ -101,40 +130,37 @@ class ShardIndex:
             raise InvalidInputError("query_embeddings: the rows must be unit vectors")
         if k < 1:
             raise InvalidInputError(f"k is {k}; ask for at least 1")
-        num_queries = len(embeddings)
-        num_wanted = min(k, self.num_items - len(excluded_rows))
-        if num_wanted < 1 or num_queries == 0:
-            return Hits(np.zeros(num_queries, dtype=np.int64), np.empty(0, dtype=np.float32), _NO_ROWS)
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-        # FAISS holds only a pointer to the selectors: `excluded` and `allowed` must outlive the search.
-        excluded = faiss.IDSelectorBatch(excluded_rows) if len(excluded_rows) else None
-        allowed = faiss.IDSelectorNot(excluded) if excluded is not None else None
-        scores, rows = self._search_wider(embeddings, num_wanted, allowed)  # [B, K], [B, K]
-        is_hit = rows >= 0  # [B, K]
-        return Hits(is_hit.sum(axis=1), scores[is_hit], rows[is_hit])
+        scores, rows = search_allowed(self.ann, embeddings, k, allowed)  # [B, K], [B, K]
+        # There are always as many as allowed, up to k.
+        return Hits(np.full(len(rows), rows.shape[1]), scores.reshape(-1), rows.reshape(-1))
 
     def rows_of(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Rows of those ids that this shard holds, each once, rising."""
-        wanted = list({item_id.encode() for item_id in item_ids})
-        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, wanted), dtype=np.uint64, count=len(wanted))
+        wanted = [item_id.encode() for item_id in item_ids]
+        digests = b"".join(map(xxhash.xxh3_64_digest, wanted))
+        hashes = np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+        order = np.argsort(hashes)  # Neighbours are looked for in neighbouring memory.
         # [first, end) holds one row where this shard has the id, none where not, and more only where hashes collide.
-        firsts = np.searchsorted(self._hashes, hashes).tolist()
-        ends = np.searchsorted(self._hashes, hashes, side="right").tolist()
-        found = [
-            row
-            for utf8, first, end in zip(wanted, firsts, ends, strict=True)
-            for row in range(first, end)
-            if self._utf8_id(row) == utf8
-        ]
-        return np.array(sorted(found), dtype=np.int64)
+        firsts = np.searchsorted(self._hashes, hashes[order])
+        ends = np.searchsorted(self._hashes, hashes[order], side="right")
+        rows: NDArray[np.int64] = self._by_hash[joined_ranges(firsts, ends)].astype(np.int64)
+        positions = np.repeat(order, ends - firsts)
+        sizes = np.fromiter(map(len, wanted), dtype=np.int64, count=len(wanted))[positions]
+        starts = self._id_offsets[rows]
+        has_size = self._id_offsets[rows + 1] - starts == sizes
+        rows, positions, sizes, starts = rows[has_size], positions[has_size], sizes[has_size], starts[has_size]
+        if len(rows) == 0:
+            return rows
+        found = self._id_bytes[joined_ranges(starts, starts + sizes)]
+        expected = np.frombuffer(b"".join([wanted[position] for position in positions.tolist()]), dtype=np.uint8)
+        is_same: NDArray[np.bool_] = np.logical_and.reduceat(found == expected, np.cumsum(sizes) - sizes)
+        return np.unique(rows[is_same])
 
     def packed_ids(self, rows: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
         """UTF-8 ids of rows, one after another without a separator, and `[H]` the size of each in bytes."""
         starts, ends = self._id_offsets[rows], self._id_offsets[rows + 1]
-        utf8 = self._id_utf8
-        return b"".join(
-            [utf8[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-        ), ends - starts
+        return self._id_bytes[joined_ranges(starts, ends)].tobytes(), ends - starts
 
     def attribute_values(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
         """One attribute of rows, None where an item has none.
@@ -142,50 +168,13 @@ class ShardIndex:
         Raises:
             InvalidInputError: there is no such attribute.
         """
-        column = self._attributes.get(name)
-        if column is None:
-            raise InvalidInputError(f"attribute_names: unknown attribute {name!r}; known: {sorted(self._attributes)}")
-        return column.take(pa.array(rows)).to_pylist()  # type: ignore[no-any-return]
-
-    def _utf8_id(self, row: int) -> bytes:
-        return self._id_utf8[self._id_offsets[row] : self._id_offsets[row + 1]]
-
-    def _search_wider(
-        self, embeddings: NDArray[np.float32], k: int, allowed: Any
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Searches, and once more with more effort for the queries that came back short."""
-        effort_k = k
-        scores, rows = self.ann.search(embeddings, k, effort_k, allowed)  # [B, K], [B, K]
-        while effort_k < self.ann.widest_k:
-            is_short = rows[:, -1] < 0  # [B]
-            if not is_short.any():
-                break
-            effort_k *= _EFFORT_GROWTH
-            scores[is_short], rows[is_short] = self.ann.search(
-                np.ascontiguousarray(embeddings[is_short]), k, effort_k, allowed
-            )
-        return scores, rows
+        return self.attributes.values(name, rows)
 
 
-def _contiguous(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    return combined if isinstance(combined, pa.Array) else pa.concat_arrays(combined.chunks)
-
-
-def _is_servable(kind: pa.DataType) -> bool:
-    types = pa.types
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _is_string(kind.value_type) or _is_number(kind.value_type)
-    return (
-        _is_string(kind)
-        or _is_number(kind)
-        or any(is_kind(kind) for is_kind in (types.is_boolean, types.is_timestamp, types.is_date, types.is_null))
-    )
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+def _binary_buffers(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """`[N + 1]` where each value starts, and where the last ends, and all their bytes."""
+    if len(column) == 0:
+        return np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.uint8)
+    _, offsets, content = column.buffers()
+    starts = np.frombuffer(offsets, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
+    return starts, np.frombuffer(content, dtype=np.uint8)

@@ -64,8 +64,14 @@ def small_artefact(
     return artefact_of(order, checkpoint, 0.0, EmbeddedItems(items, embeddings, {}))
 
 
-def small_index(embeddings: NDArray[np.float32], item_ids: Sequence[str] | None = None, **how: Any) -> ShardIndex:
-    return ShardIndex(small_artefact(embeddings, item_ids, **how))
+def small_index(
+    embeddings: NDArray[np.float32],
+    item_ids: Sequence[str] | None = None,
+    *,
+    filterable: Sequence[str] = (),
+    **how: Any,
+) -> ShardIndex:
+    return ShardIndex(small_artefact(embeddings, item_ids, **how), filterable)
 
 
 def ids_of(index: ShardIndex, rows: NDArray[np.int64]) -> list[str]:

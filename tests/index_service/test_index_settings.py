@@ -13,6 +13,7 @@ def test_keywords_and_defaults():
     assert settings.address == "127.0.0.1:50061"
     assert (settings.poll_interval_s, settings.drain_s, settings.grace_s) == (0.5, 0.5, 10)
     assert settings.exact_below == 20_000
+    assert settings.filterable == ()
     assert not settings.reflection
     with pytest.raises(ValidationError, match="frozen"):
         settings.store = "/elsewhere"
@@ -21,9 +22,11 @@ def test_keywords_and_defaults():
 def test_environment(monkeypatch):
     for name, value in {"STORE": "s3://b/p", "SHARD": "3/4", "POLL_INTERVAL_S": "0.1", "EXACT_BELOW": "0"}.items():
         monkeypatch.setenv(f"TWOTOWER_{name}", value)
+    monkeypatch.setenv("TWOTOWER_FILTERABLE", "genres, year")
     settings = IndexSettings()
     assert (settings.store, settings.shard, settings.num_shards) == ("s3://b/p", 3, 4)
     assert (settings.poll_interval_s, settings.exact_below) == (0.1, 0)
+    assert settings.filterable == ("genres", "year")
     assert IndexSettings(shard="1/4").shard == 1
 
 

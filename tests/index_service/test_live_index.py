@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from small_indexes import ids_of, small_index
 
 from index_service.feed import Changes
+from index_service.filters import AllMet, Exists, NotMet, OneOf, Range
 from index_service.live import LiveIndex
 from towers.checkpoint import GoldenExamples, Manifest, TowerFiles
 from towers.errors import InvalidInputError
@@ -87,6 +88,17 @@ IDS = st.sampled_from([f"item{number}" for number in range(12)] + ["é", "x" * 4
 STEP = st.dictionaries(IDS, st.one_of(st.none(), ROWS), max_size=6)
 """Item id to its new attributes; None: deleted."""
 
+CONDITIONS = [
+    (Range("price", at_least=2.0), lambda row: row.get("price", -1) >= 2),
+    (NotMet(Range("price", at_least=2.0)), lambda row: row.get("price", -1) < 2),
+    (OneOf("tags", frozenset({"a"})), lambda row: "a" in row.get("tags", [])),
+    (
+        AllMet((Exists("price"), OneOf("tags", frozenset({"b", "c"})))),
+        lambda row: "price" in row and {"b", "c"} & set(row.get("tags", [])),
+    ),
+    (NotMet(Exists("colour")), lambda row: True),
+]
+
 
 def table_of(rows):
     """Items as the feed gives them: `vector` numbers become the vectors; columns that no item has are left out."""
@@ -124,7 +136,7 @@ def built_from(state):
     table = table_of(found)
     embeddings = np.array([embedding_of(row) for row in found.values()], dtype=np.float32).reshape(-1, DIM)
     attributes = {name: table[name].combine_chunks() for name in table.column_names if name != "item_id"}
-    return small_index(embeddings, list(found), attributes=attributes)
+    return small_index(embeddings, list(found), attributes=attributes, filterable=["price", "tags", "colour"])
 
 
 def check(live, state, excluded=()):
@@ -134,6 +146,11 @@ def check(live, state, excluded=()):
     assert live.num_items == view.num_items == len(found)
     allowed = [item_id for item_id in found if item_id not in excluded]
     queries = np.eye(DIM, dtype=np.float32)[:3]
+    for condition, is_met in CONDITIONS:
+        met = {item_id for item_id in allowed if is_met(found[item_id])}
+        hits = view.search(queries, 50, condition, list(excluded))
+        assert hits.counts.tolist() == [len(met)] * len(queries)
+        assert set(ids_of(view, hits.rows)) == met
     for k in (1, 3, 50):
         hits = view.search(queries, k, excluded_item_ids=list(excluded))
         assert hits.counts.tolist() == [min(k, len(allowed))] * len(queries)

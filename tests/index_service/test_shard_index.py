@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from small_indexes import check_bad_searches_are_refused, ids_of, small_artefact, small_index, unit_vectors
 
 from index_service.ann import parsed_parameters
+from index_service.filters import AllMet, Exists, OneOf, Range
 from index_service.shard import ShardIndex
 from towers.errors import InvalidInputError
 
@@ -45,16 +46,16 @@ def test_exclusion_is_exact_and_leaves_k_results():
     index = small_index(items)
     for num_excluded in (1, 50, 195, 199):
         excluded = [str(i) for i in range(num_excluded)]
-        hits = index.search(queries, 20, index.rows_of([*excluded, *excluded, "not an item"]))
+        hits = index.search(queries, 20, None, [*excluded, *excluded, "not an item"])
         num_hits = min(20, 200 - num_excluded)
         assert hits.counts.tolist() == [num_hits] * 4
         for i, query in enumerate(queries):
             assert (
                 ids_of(index, hits.rows[i * num_hits : (i + 1) * num_hits]) == exact_ids(items, query, 20, excluded)[0]
             )
-    everything = index.rows_of([str(i) for i in range(200)])
-    assert len(everything) == 200
-    assert index.search(queries, 20, everything).counts.tolist() == [0] * 4
+    everything = [str(i) for i in range(200)]
+    assert index.rows_of(everything).tolist() == list(range(200))
+    assert index.search(queries, 20, None, everything).counts.tolist() == [0] * 4
 
 
 def test_ivf_reaches_the_recall_that_its_manifest_states():
@@ -85,12 +86,12 @@ def test_ivf_probes_more_lists_until_there_are_k():
     # Excluded are all but 7 of the most distant: they lie in lists that the first probe does not reach.
     for query in queries:
         kept = exact_ids(items, query, 3000)[0][-7:]
-        excluded = index.rows_of(sorted({str(i) for i in range(3000)} - set(kept)))
-        hits = index.search(query[None, :], 10, excluded)
+        excluded = sorted({str(i) for i in range(3000)} - set(kept))
+        hits = index.search(query[None, :], 10, None, excluded)
         assert hits.counts.tolist() == [7]
         assert set(ids_of(index, hits.rows)) == set(kept)
     # Queries that are short and queries that are not, in one call.
-    both = index.search(np.concatenate([queries, -queries]), 500, index.rows_of([str(i) for i in range(2400)]))
+    both = index.search(np.concatenate([queries, -queries]), 500, None, [str(i) for i in range(2400)])
     assert both.counts.tolist() == [500] * 10
     assert (both.rows >= 0).all()
 
@@ -113,11 +114,17 @@ def test_tiny_ivf(num_items):
 
 
 def test_empty_shard():
-    index = small_index(np.empty((0, 8), np.float32), attributes={"title": pa.array([], pa.string())}, exact_below=0)
-    hits = index.search(unit_vectors(3, 8), 10, index.rows_of(["1"]))
+    index = small_index(
+        np.empty((0, 8), np.float32),
+        attributes={"title": pa.array([], pa.string())},
+        exact_below=0,
+        filterable=["title"],
+    )
+    hits = index.search(unit_vectors(3, 8), 10, None, ["1"])
     assert hits.counts.tolist() == [0, 0, 0]
     assert index.packed_ids(hits.rows)[0] == b""
     assert index.attribute_values("title", hits.rows) == []
+    assert index.search(unit_vectors(3, 8), 10, Exists("title")).counts.tolist() == [0, 0, 0]
 
 
 @settings(max_examples=50, deadline=None)
@@ -156,6 +163,34 @@ def test_attributes_of_rows():
     assert index.attribute_values("added", rows) == [moment, moment, None, moment]
     with pytest.raises(InvalidInputError, match=r"unknown attribute 'raw'; known: \['added', 'genres', 'price'"):
         index.attribute_values("raw", rows)
+
+
+@pytest.mark.parametrize("exact_below", [0, 1_000_000])
+def test_a_filter_and_exclusions_together(exact_below):
+    items, queries = unit_vectors(3000, 16, seed=11, num_clusters=30), unit_vectors(3, 16, seed=12)
+    years = np.arange(3000) % 50 + 1970
+    genres = [["drama", "crime"][: i % 3] for i in range(3000)]
+    index = small_index(
+        items,
+        exact_below=exact_below,
+        attributes={"year": pa.array(years), "genres": pa.array(genres, pa.list_(pa.string()))},
+        filterable=["year", "genres"],
+    )
+    condition = AllMet((Range("year", at_least=2000.0), OneOf("genres", frozenset({"crime"}))))
+    excluded = [str(i) for i in range(0, 3000, 4)]
+    forbidden = {*excluded, *(str(i) for i in range(3000) if years[i] < 2000 or "crime" not in genres[i])}
+    num_allowed = 3000 - len(forbidden)
+    for k in (10, 1000):
+        hits = index.search(queries, k, condition, excluded)
+        num_hits = min(k, num_allowed)
+        assert hits.counts.tolist() == [num_hits] * 3
+        for i, query in enumerate(queries):
+            found = ids_of(index, hits.rows[i * num_hits : (i + 1) * num_hits])
+            assert found == exact_ids(items, query, k, forbidden)[0]
+    with pytest.raises(InvalidInputError, match="attribute 'title' is not filterable"):
+        index.search(queries, 10, Exists("title"))
+    with pytest.raises(InvalidInputError, match="attribute 'year' holds numbers"):
+        index.search(queries, 10, OneOf("year", frozenset({"2000"})))
 
 
 @pytest.mark.parametrize("exact_below", [0, 1000])
