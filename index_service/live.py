@@ -15,32 +15,41 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from index_service.attributes import Attributes
-from index_service.delta import Patches, Segment, unknown_attribute, values_of
+from index_service.delta import Patches, PatchStack, Segment, sealed, values_of
 from index_service.embed import embed_items
 from index_service.feed import Changes
 from index_service.filters import Condition
+from index_service.planner import search_allowed
 from index_service.row_set import RowSet
 from index_service.shard import Hits, ShardIndex
 from towers.catalogue import ITEM_ID
+from towers.errors import InvalidInputError
 from towers.tower import Tower
 
 _Value = TypeVar("_Value")
 _UNKNOWN = object()
+_MOST_SCANNED = 8192
+"""Of the newest items: they are scanned by every search and copied by every update."""
 _SMALLEST_REBUILD = 10_000
 """Changed items below which a rebuild is not worth its process."""
 
 
 @dataclass(frozen=True)
 class LiveView:
-    """A built index of N items and a delta of M: row r is the built one's below N, the delta's row r - N from there."""
+    """What is searched: the built index, then items that came later and are sealed, then the newest ones.
+
+    Rows are numbered through: those of the built index from 0, the sealed ones after them, the newest at the end.
+    """
 
     base: ShardIndex
     catalogue_version: str
-    tombstones: NDArray[np.int64]
-    """Rows of the built index that were replaced or deleted, rising."""
-    patches: Patches
-    delta: Segment
+    alive: RowSet
+    """Rows of the built index that were neither replaced nor deleted."""
+    patches: PatchStack
+    """New attributes of rows of the built index."""
+    sealed: Segment
+    sealed_alive: RowSet
+    newest: Segment
     quarantined_ids: frozenset[str] = field(default_factory=frozenset)
     """Items that an update could not embed."""
 
@@ -57,13 +66,35 @@ class LiveView:
     @property
     def num_items(self) -> int:
         """Items that can be found."""
-        return self.base.num_items - len(self.tombstones) + self.delta.num_items
+        return self.alive.count + self.num_new_items
+
+    @property
+    def num_new_items(self) -> int:
+        """Items that have an embedding that the built index does not have."""
+        return self.sealed_alive.count + self.newest.num_items
+
+    @property
+    def num_tombstones(self) -> int:
+        """Items of the built index that were replaced or deleted."""
+        return self.base.num_items - self.alive.count
+
+    @property
+    def num_patched(self) -> int:
+        """Items of the built index that have new attributes."""
+        return int(self.alive.contains(self.patches.rows).sum())
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the built index and of all that changed since."""
+        patches = sum(level.size_bytes for level in self.patches.levels)
+        return self.base.size_bytes + patches + self.sealed.size_bytes + self.newest.size_bytes
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
         """Attributes that can be asked for."""
-        delta_names = [name for name in self.delta.items.column_names if name != ITEM_ID]
-        return tuple(dict.fromkeys((*self.base.attribute_names, *self.patches.names, *delta_names)))
+        patches = (level.attributes for level in self.patches.levels)
+        parts = (self.base.attributes, *patches, self.sealed.attributes, self.newest.attributes)
+        return tuple(dict.fromkeys(name for attributes in parts for name in attributes.names))
 
     def search(
         self,
@@ -84,67 +115,32 @@ class LiveView:
             InvalidInputError: the embeddings have another dimension, are not finite or are longer than 1, k is below
                 1, or the condition names an attribute that is not filterable or holds another kind of value.
         """
-        gone = np.union1d(self.tombstones, self.base.rows_of(excluded_item_ids))
-        allowed = self._built_matching(condition) - RowSet.of_rows(gone, self.base.num_items)
-        built = self.base.search_rows(embeddings, k, allowed)
-        if self.delta.num_items == 0:
-            return built
-        num_wanted = min(k, self.num_items)
-        embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-        forbidden = self.delta.rows_of(excluded_item_ids)
+        allowed = self.alive
         if condition is not None:
-            forbidden = np.union1d(forbidden, np.flatnonzero(~self._delta_attributes.mask(condition)))
-        scores, rows = self.delta.search(embeddings, num_wanted, forbidden)  # [B, K], [B, K]
-        rows[rows >= 0] += self.base.num_items
-        built_scores, built_rows = _as_columns(built, num_wanted)  # [B, K]
-        scores = np.concatenate((built_scores, scores), axis=1)  # [B, 2 K]
-        rows = np.concatenate((built_rows, rows), axis=1)  # [B, 2 K]
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :num_wanted]  # [B, K]
-        scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)  # [B, K]
-        is_hit = rows >= 0  # [B, K]
-        return Hits(is_hit.sum(axis=1), scores[is_hit], rows[is_hit])
-
-    def _built_matching(self, condition: Condition | None) -> RowSet:
-        """The rows of the built index that meet a condition, by the attributes that they have now."""
-        num_rows = self.base.num_items
-        if condition is None:
-            return RowSet.everything(num_rows)
-        matching = self.base.attributes.matching(condition)
-        if len(self.patches.rows) == 0:
-            return matching
-        patched = self._patched_attributes.mask(condition)
-        unpatched = matching - RowSet.of_rows(self.patches.rows, num_rows)
-        return unpatched | RowSet.of_rows(self.patches.rows[patched], num_rows)
-
-    @cached_property
-    def _patched_attributes(self) -> Attributes:
-        # The row numbers count the rows where there are no attributes at all.
-        table = self.patches.attributes
-        columns = {"_row": pa.array(self.patches.rows), **dict(zip(table.column_names, table.columns, strict=True))}
-        return Attributes(pa.table(columns), self.base.attributes.filterable)
-
-    @cached_property
-    def _delta_attributes(self) -> Attributes:
-        return Attributes(self.delta.items.drop_columns([ITEM_ID]), self.base.attributes.filterable)
+            matching = self.base.attributes.matching(condition)
+            for level in self.patches.levels:
+                matching = level.patched(matching, condition)
+            allowed &= matching
+        if excluded_item_ids:
+            allowed -= RowSet.of_rows(self.base.rows_of(excluded_item_ids), self.base.num_items)
+        found = [self.base.search_rows(embeddings, k, allowed)]
+        embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+        for segment, alive, first_row in self._segments:
+            if segment.num_items == 0:
+                continue
+            allowed = alive if condition is None else alive & segment.attributes.matching(condition)
+            if excluded_item_ids:
+                allowed -= RowSet.of_rows(segment.ids.rows_of(excluded_item_ids), segment.num_items)
+            scores, rows = search_allowed(segment.ann, embeddings, k, allowed)  # [B, K], [B, K]
+            found.append(Hits(np.full(len(rows), rows.shape[1]), scores.ravel(), rows.ravel() + first_row))
+        return _best(found, k)
 
     def packed_ids(self, rows: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
         """UTF-8 ids of rows, one after another without a separator, and `[H]` the size of each in bytes."""
-        is_delta = rows >= self.base.num_items
-        if not is_delta.any():
+        if (rows < self.base.num_items).all():
             return self.base.packed_ids(rows)
-        built = _unpacked(*self.base.packed_ids(rows[~is_delta]))
-        ids = _woven(is_delta, built, self.delta.utf8_ids(rows[is_delta] - self.base.num_items))
+        ids = self._collected(rows, self.base.ids.utf8, lambda segment, own: segment.ids.utf8(own))
         return b"".join(ids), np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-
-    def built_values(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
-        """One attribute of rows of the built index as it was built; a value like no other where it is not kept."""
-        if name not in self.base.attribute_names:
-            return [_UNKNOWN] * len(rows)
-        return self.base.attribute_values(name, rows)
-
-    def delta_values(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
-        """One attribute of rows of the delta, None where an item has none."""
-        return values_of(self.delta.items, name, rows)
 
     def attribute_values(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
         """One attribute of rows, None where an item has none.
@@ -152,14 +148,44 @@ class LiveView:
         Raises:
             InvalidInputError: there is no such attribute.
         """
-        if name not in self.attribute_names:
-            raise unknown_attribute(name, self.attribute_names)
-        is_delta = rows >= self.base.num_items
-        built_rows = rows[~is_delta]
-        is_built = name in self.base.attribute_names
-        built = self.base.attribute_values(name, built_rows) if is_built else [None] * len(built_rows)
-        built = self.patches.apply(built, name, built_rows)
-        return _woven(is_delta, built, self.delta_values(name, rows[is_delta] - self.base.num_items))
+        known = self.attribute_names
+        if name not in known:
+            raise InvalidInputError(f"attribute_names: unknown attribute {name!r}; known: {sorted(known)}")
+
+        def built(own: NDArray[np.int64]) -> list[Any]:
+            values = values_of(self.base.attributes, name, own)
+            for level in self.patches.levels:
+                level.patch(values, name, own)
+            return values
+
+        return self._collected(rows, built, lambda segment, own: values_of(segment.attributes, name, own))
+
+    @cached_property
+    def _segments(self) -> Sequence[tuple[Segment, RowSet, int]]:
+        """Beside the built index: the items, which of them are still there, and the row of the first."""
+        first_row = self.base.num_items
+        newest_alive = RowSet.everything(self.newest.num_items)
+        return (
+            (self.sealed, self.sealed_alive, first_row),
+            (self.newest, newest_alive, first_row + self.sealed.num_items),
+        )
+
+    def _collected(
+        self,
+        rows: NDArray[np.int64],
+        built: Callable[[NDArray[np.int64]], list[_Value]],
+        later: Callable[[Segment, NDArray[np.int64]], list[_Value]],
+    ) -> list[_Value]:
+        """Something of each row, asked of the part that the row belongs to."""
+        first_rows = [first_row for _, _, first_row in self._segments]
+        parts = np.searchsorted(first_rows, rows, side="right")
+        if not parts.any():
+            return built(rows)
+        answers = [iter(built(rows[parts == 0]))]
+        for part, (segment, _, first_row) in enumerate(self._segments, start=1):
+            own = rows[parts == part] - first_row
+            answers.append(iter(later(segment, own) if len(own) else []))
+        return [next(answers[part]) for part in parts.tolist()]
 
 
 class LiveIndex:
@@ -173,12 +199,16 @@ class LiveIndex:
             tower: The item tower of the same checkpoint; None for an index that takes no changes.
         """
         self.base = base
+        self._filterable = base.attributes.filterable
+        nothing = Segment.empty(base.manifest.dim, self._filterable)
         self.view = LiveView(
             base,
             base.manifest.catalogue_version,
-            np.empty(0, dtype=np.int64),
-            Patches.empty(),
-            Segment.empty(base.manifest.dim),
+            RowSet.everything(base.num_items),
+            PatchStack(),
+            nothing,
+            RowSet.everything(0),
+            nothing,
         )
         self._tower = tower
         columns = () if tower is None else (feature.column for feature in tower.encoder.features)
@@ -202,12 +232,12 @@ class LiveIndex:
     @property
     def num_delta_items(self) -> int:
         """Items that were added or changed since the index was built."""
-        return self.view.delta.num_items + len(self.view.patches.rows)
+        return self.view.num_new_items + self.view.num_patched
 
     @property
     def num_tombstones(self) -> int:
         """Items of the built index that were replaced or deleted."""
-        return len(self.view.tombstones)
+        return self.view.num_tombstones
 
     @property
     def num_quarantined(self) -> int:
@@ -217,7 +247,7 @@ class LiveIndex:
     @property
     def size_bytes(self) -> int:
         """Memory of the built index and of all that changed since."""
-        return self.base.size_bytes + self.view.delta.size_bytes + self.view.patches.size_bytes
+        return self.view.size_bytes
 
     def needs_rebuild(self, share: float) -> bool:
         """Whether so much has changed that a new index should be built.
@@ -228,7 +258,7 @@ class LiveIndex:
         Args:
             share: Of the built items, new embeddings or tombstones.
         """
-        num_changed = max(self.view.delta.num_items, len(self.view.tombstones))
+        num_changed = max(self.view.num_new_items, self.view.num_tombstones)
         return num_changed >= max(share * self.base.num_items, _SMALLEST_REBUILD)
 
     def apply(self, changes: Changes) -> None:
@@ -246,64 +276,82 @@ class LiveIndex:
             self.view = replace(view, catalogue_version=changes.catalogue_version)
             return
         assert self._tower is not None, "an index without a tower takes no changes"
+        base, sealed_part, newest = view.base, view.sealed, view.newest
         ids: list[str] = upserts[ITEM_ID].to_pylist()
         changed_ids = [*ids, *changes.deleted_ids]
-        built_rows = np.setdiff1d(view.base.rows_of(changed_ids), view.tombstones, assume_unique=True)
-        built = dict(zip(_unpacked(*view.base.packed_ids(built_rows)), built_rows.tolist(), strict=True))
-        delta_rows = view.delta.rows_of(changed_ids)
-        moved = dict(zip(view.delta.utf8_ids(delta_rows), delta_rows.tolist(), strict=True))
-        # Where each upserted item is now, -1 where it is not.
-        old_built = np.array([built.get(item_id.encode(), -1) for item_id in ids], dtype=np.int64)
-        old_delta = np.array([moved.get(item_id.encode(), -1) for item_id in ids], dtype=np.int64)
-        keeps_built = self._embed_alike(upserts, old_built, view.built_values)
-        keeps_delta = self._embed_alike(upserts, old_delta, view.delta_values)
-        embedded = embed_items(self._tower, upserts.filter(pa.array(~(keeps_built | keeps_delta))), lambda _: None)
-        added = Segment(embedded.items, embedded.embeddings).joined(
-            Segment(upserts.filter(pa.array(keeps_delta)), view.delta.embeddings[old_delta[keeps_delta]])
-        )
-        patched_rows = old_built[keeps_built]
-        gone = np.setdiff1d(built_rows, patched_rows, assume_unique=True)
-        patches = view.patches.without(gone)
+        # Where the changed items are now.
+        in_base = _alive_rows(view.alive, base.rows_of(changed_ids))
+        in_sealed = _alive_rows(view.sealed_alive, sealed_part.ids.rows_of(changed_ids))
+        in_newest = newest.ids.rows_of(changed_ids)
+        old = [_Found(base, in_base, ids), _Found(sealed_part, in_sealed, ids), _Found(newest, in_newest, ids)]
+        keeps = [self._embed_alike(upserts, found) for found in old]
+        embedded = embed_items(self._tower, upserts.filter(pa.array(~(keeps[0] | keeps[1] | keeps[2]))), lambda _: None)
+        newest = newest.without(in_newest)
+        for found, keep in zip(old[1:], keeps[1:], strict=True):
+            vectors = found.source.ann.vectors[found.rows[keep]]
+            newest = newest.joined(Segment.of(upserts.filter(pa.array(keep)), vectors, self._filterable))
+        newest = newest.joined(Segment.of(embedded.items, embedded.embeddings, self._filterable))
+        patched_rows = old[0].rows[keeps[0]]
+        patches = view.patches
         if len(patched_rows):
-            patches = patches.replaced(patched_rows, upserts.filter(pa.array(keeps_built)).drop_columns([ITEM_ID]))
+            patches = patches.on_top(Patches(patched_rows, upserts.filter(pa.array(keeps[0])), self._filterable))
+        alive = view.alive - RowSet.of_rows(np.setdiff1d(in_base, patched_rows), base.num_items)
+        sealed_alive = view.sealed_alive - RowSet.of_rows(in_sealed, sealed_part.num_items)
+        if newest.num_items > _MOST_SCANNED:
+            sealed_part = sealed(base.ann, sealed_part, sealed_alive, newest)
+            sealed_alive = RowSet.everything(sealed_part.num_items)
+            newest = Segment.empty(view.dim, self._filterable)
         self.view = replace(
             view,
             catalogue_version=changes.catalogue_version,
-            tombstones=np.union1d(view.tombstones, gone),
+            alive=alive,
             patches=patches,
-            delta=view.delta.without(delta_rows).joined(added),
+            sealed=sealed_part,
+            sealed_alive=sealed_alive,
+            newest=newest,
             quarantined_ids=view.quarantined_ids.difference(changed_ids).union(embedded.quarantined),
         )
 
-    def _embed_alike(
-        self, items: pa.Table, old_rows: NDArray[np.int64], old_values: Callable[[str, NDArray[np.int64]], list[Any]]
-    ) -> NDArray[np.bool_]:
-        """Which items were there before (row -1: not), with the same values in all columns that the tower reads."""
-        is_alike = old_rows >= 0
+    def _embed_alike(self, items: pa.Table, found: "_Found") -> NDArray[np.bool_]:
+        """Which items a part has, with the same values in all columns that the tower reads."""
+        is_alike = found.rows >= 0
         for column in self._tower_columns:
             candidates = np.flatnonzero(is_alike)
-            pairs = zip(values_of(items, column, candidates), old_values(column, old_rows[candidates]), strict=True)
-            is_alike[candidates] = [new == old for new, old in pairs]
+            new = items[column].take(pa.array(candidates)).to_pylist() if column in items.column_names else None
+            old = found.values(column, candidates)
+            is_alike[candidates] = [(None if new is None else new[i]) == value for i, value in enumerate(old)]
         return is_alike
 
 
-def _as_columns(hits: Hits, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """`[B, K]` scores and rows; row -1 where there are fewer."""
-    is_hit = np.arange(k) < hits.counts[:, None]  # [B, K]
-    scores = np.full(is_hit.shape, -np.inf, dtype=np.float32)
-    rows = np.full(is_hit.shape, -1, dtype=np.int64)
-    scores[is_hit], rows[is_hit] = hits.scores, hits.rows
-    return scores, rows
+class _Found:
+    """Where a part of a view has the items of an update."""
+
+    def __init__(self, source: ShardIndex | Segment, rows: NDArray[np.int64], item_ids: Sequence[str]) -> None:
+        self.source = source
+        row_of = dict(zip(source.ids.utf8(rows), rows.tolist(), strict=True))
+        self.rows = np.array([row_of.get(item_id.encode(), -1) for item_id in item_ids], dtype=np.int64)
+        """`[U]` the row of each upserted item; -1 where the part does not have it."""
+
+    def values(self, name: str, items: NDArray[np.int64]) -> list[Any]:
+        """One attribute of some of the items; a value like no other where it is not kept."""
+        is_absent = isinstance(self.source, Segment) and name not in self.source.items.column_names
+        if name not in self.source.attributes.names and not is_absent:
+            return [_UNKNOWN] * len(items)
+        return values_of(self.source.attributes, name, self.rows[items])
 
 
-def _woven(is_second: NDArray[np.bool_], first: Sequence[_Value], second: Sequence[_Value]) -> list[_Value]:
-    """Two lists as one, in the order that the mask says."""
-    if not second:
-        return list(first)
-    sources = (iter(first), iter(second))
-    return [next(sources[source]) for source in is_second.tolist()]
+def _alive_rows(alive: RowSet, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    return rows[alive.contains(rows)]
 
 
-def _unpacked(utf8: bytes, sizes: NDArray[np.int64]) -> list[bytes]:
-    ends = np.cumsum(sizes).tolist()
-    return [utf8[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
+def _best(found: Sequence[Hits], k: int) -> Hits:
+    """The k best hits of each query of several parts, each of which has as many hits for one query as for another."""
+    found = [hits for hits in found if len(hits.rows)] or list(found[:1])
+    if len(found) == 1:
+        return found[0]
+    num_queries = len(found[0].counts)
+    scores = np.concatenate([hits.scores.reshape(num_queries, -1) for hits in found], axis=1)  # [B, 3 K]
+    rows = np.concatenate([hits.rows.reshape(num_queries, -1) for hits in found], axis=1)  # [B, 3 K]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]  # [B, K]
+    scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)  # [B, K]
+    return Hits(np.full(num_queries, rows.shape[1]), scores.ravel(), rows.ravel())

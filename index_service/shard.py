@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import xxhash
 from numpy.typing import NDArray
 
 from index_service.ann import AnnIndex
 from index_service.artefact import ArtefactManifest, LoadedArtefact
 from index_service.attributes import Attributes
 from index_service.filters import Condition
+from index_service.item_ids import ItemIds
 from index_service.planner import search_allowed
-from index_service.row_set import RowSet, joined_ranges
+from index_service.row_set import RowSet
 from towers.catalogue import ITEM_ID
 from towers.errors import InvalidInputError
 
@@ -51,11 +50,7 @@ class ShardIndex:
         self.attributes = Attributes(artefact.items.drop_columns([ITEM_ID]), filterable)
         """Of the items, row by row."""
         self.attributes.prepare()
-        self._by_hash = np.argsort(artefact.item_hashes, kind="stable").astype(np.int32)  # [N]
-        self._hashes = artefact.item_hashes[self._by_hash]  # [N], rising
-        ids = artefact.items.column(ITEM_ID).combine_chunks().cast(pa.large_binary())
-        # Plain buffers and not one object an item: a load must not hold the interpreter from the searches beside it.
-        self._id_offsets, self._id_bytes = _binary_buffers(ids)
+        self.ids = ItemIds(artefact.items.column(ITEM_ID), artefact.item_hashes)
         self._all = RowSet.everything(self.num_items)
 
     def __str__(self) -> str:
@@ -74,8 +69,7 @@ class ShardIndex:
     @property
     def size_bytes(self) -> int:
         """Memory of the index, its vectors, ids and attributes."""
-        ids = (self._by_hash, self._hashes, self._id_offsets, self._id_bytes)
-        return self.ann.size_bytes + self.attributes.size_bytes + sum(part.nbytes for part in ids)
+        return self.ann.size_bytes + self.attributes.size_bytes + self.ids.size_bytes
 
     @property
     def attribute_names(self) -> tuple[str, ...]:
@@ -137,30 +131,11 @@ class ShardIndex:
 
     def rows_of(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Rows of those ids that this shard holds, each once, rising."""
-        wanted = [item_id.encode() for item_id in item_ids]
-        digests = b"".join(map(xxhash.xxh3_64_digest, wanted))
-        hashes = np.frombuffer(digests, dtype=">u8").astype(np.uint64)
-        order = np.argsort(hashes)  # Neighbours are looked for in neighbouring memory.
-        # [first, end) holds one row where this shard has the id, none where not, and more only where hashes collide.
-        firsts = np.searchsorted(self._hashes, hashes[order])
-        ends = np.searchsorted(self._hashes, hashes[order], side="right")
-        rows: NDArray[np.int64] = self._by_hash[joined_ranges(firsts, ends)].astype(np.int64)
-        positions = np.repeat(order, ends - firsts)
-        sizes = np.fromiter(map(len, wanted), dtype=np.int64, count=len(wanted))[positions]
-        starts = self._id_offsets[rows]
-        has_size = self._id_offsets[rows + 1] - starts == sizes
-        rows, positions, sizes, starts = rows[has_size], positions[has_size], sizes[has_size], starts[has_size]
-        if len(rows) == 0:
-            return rows
-        found = self._id_bytes[joined_ranges(starts, starts + sizes)]
-        expected = np.frombuffer(b"".join([wanted[position] for position in positions.tolist()]), dtype=np.uint8)
-        is_same: NDArray[np.bool_] = np.logical_and.reduceat(found == expected, np.cumsum(sizes) - sizes)
-        return np.unique(rows[is_same])
+        return self.ids.rows_of(item_ids)
 
     def packed_ids(self, rows: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
         """UTF-8 ids of rows, one after another without a separator, and `[H]` the size of each in bytes."""
-        starts, ends = self._id_offsets[rows], self._id_offsets[rows + 1]
-        return self._id_bytes[joined_ranges(starts, ends)].tobytes(), ends - starts
+        return self.ids.packed(rows)
 
     def attribute_values(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
         """One attribute of rows, None where an item has none.
@@ -169,12 +144,3 @@ class ShardIndex:
             InvalidInputError: there is no such attribute.
         """
         return self.attributes.values(name, rows)
-
-
-def _binary_buffers(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """`[N + 1]` where each value starts, and where the last ends, and all their bytes."""
-    if len(column) == 0:
-        return np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.uint8)
-    _, offsets, content = column.buffers()
-    starts = np.frombuffer(offsets, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
-    return starts, np.frombuffer(content, dtype=np.uint8)

@@ -23,15 +23,18 @@ _NUM_SPECIAL_ROWS = 2
 _NUM_GOLDEN = 4
 
 
-def lookup_checkpoint(items: NDArray[np.float32], queries: NDArray[np.float32]) -> CheckpointDraft:
+def lookup_checkpoint(
+    items: NDArray[np.float32], queries: NDArray[np.float32], item_column: str = ITEM_ID
+) -> CheckpointDraft:
     """A checkpoint that embeds item "0" as row 0 of `items`, user "0" as row 0 of `queries`, and so on.
 
     Args:
         items: `[N, D]` unit vectors.
         queries: `[Q, D]` unit vectors.
+        item_column: The attribute that says which row an item is.
     """
     tables: dict[Owner, NDArray[np.float32]] = {"query": queries, "item": items}
-    names: dict[Owner, str] = {"query": USER_ID, "item": ITEM_ID}
+    names: dict[Owner, str] = {"query": USER_ID, "item": item_column}
     return CheckpointDraft(
         dim=items.shape[1],
         schema=parse_schema([{"name": names[owner], "owner": owner, "kind": "categorical"} for owner in names]),

@@ -1,6 +1,7 @@
 """A live index against a dictionary and exact search, over any sequence of changes."""
 
 from datetime import UTC, datetime
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from small_indexes import ids_of, small_index
+from small_indexes import ids_of, small_index, unit_vectors
 
 from index_service.feed import Changes
 from index_service.filters import AllMet, Exists, NotMet, OneOf, Range
@@ -170,11 +171,17 @@ def check(live, state, excluded=()):
 
 
 @given(
+    most_scanned=st.sampled_from([0, 3, 8192]),
     start=st.dictionaries(IDS, ROWS, max_size=8),
     steps=st.lists(STEP, max_size=8),
     excluded=st.frozensets(IDS, max_size=4),
 )
-def test_any_sequence_of_changes_gives_the_state_it_leads_to(start, steps, excluded):
+def test_any_sequence_of_changes_gives_the_state_it_leads_to(most_scanned, start, steps, excluded):
+    with mock.patch("index_service.live._MOST_SCANNED", most_scanned):
+        check_sequence(start, steps, excluded)
+
+
+def check_sequence(start, steps, excluded):
     state = dict(start)
     live = LiveIndex(built_from(state), CountingTower())
     check(live, state, excluded)
@@ -225,6 +232,53 @@ def test_what_cannot_be_embedded_is_quarantined_and_comes_back():
     live.apply(changes_of("0.3", {"bad": {"vector": 3}, "worse": None}))
     check(live, {"good": {"vector": 1}, "bad": {"vector": 3}})
     assert live.num_quarantined == 0
+
+
+def test_many_changes_are_searched_through_the_lists_of_the_built_index(monkeypatch):
+    monkeypatch.setattr("index_service.live._MOST_SCANNED", 400)
+    monkeypatch.setattr("index_service.delta._LEAST_IN_LISTS", 300)
+    vectors = unit_vectors(9_000, DIM, num_clusters=40)
+    tags = [["even"] if number % 2 == 0 else ["odd"] for number in range(6_000)]
+    names = [f"item{number}" for number in range(6_000)]
+
+    def table(rows, vectors):
+        return pa.table(
+            {
+                "item_id": [names[row] for row in rows],
+                "vector": pa.array([vector.tolist() for vector in vectors], pa.list_(pa.float32())),
+                "tags": [tags[row] for row in rows],
+            }
+        )
+
+    attributes = {"tags": pa.array(tags[:3_000])}
+    base = small_index(vectors[:3_000], names[:3_000], exact_below=100, attributes=attributes, filterable=["tags"])
+    assert base.ann.lists is not None
+    live = LiveIndex(base, CountingTower())
+    now = dict(enumerate(vectors[:3_000]))
+    for step in range(20):
+        rows = [*range(3_000 + step * 100, 3_100 + step * 100), *range(step * 50, step * 50 + 150)]
+        new = vectors[6_000 + step * 150 : 6_000 + step * 150 + len(rows)]
+        rows = rows[: len(new)]
+        deleted = [5_900 - step, 2_999 - step]
+        live.apply(Changes(f"0.{step + 2}", table(rows, new), tuple(names[row] for row in deleted)))
+        now.update(zip(rows, new, strict=True))
+        for row in deleted:
+            now.pop(row, None)
+    view = live.view
+    assert view.sealed.ann.lists is not None
+    assert view.sealed.num_items > 1_000
+    assert live.num_items == len(now)
+    ids, matrix = np.array(list(now)), np.array(list(now.values()))
+    queries = unit_vectors(20, DIM, seed=3)
+    for condition, is_allowed in ((None, ids >= 0), (OneOf("tags", frozenset({"odd"})), ids % 2 == 1)):
+        hits = view.search(queries, 50, condition)
+        assert hits.counts.tolist() == [50] * len(queries)
+        found = np.array([int(item_id[4:]) for item_id in ids_of(view, hits.rows)]).reshape(len(queries), 50)
+        exact = [ids[is_allowed][np.argsort(-(matrix[is_allowed] @ query))[:50]] for query in queries]
+        recall = np.mean([len(np.intersect1d(a, b)) / 50 for a, b in zip(found, exact, strict=True)])
+        assert recall > 0.9
+        if condition is not None:
+            assert (found % 2 == 1).all()
 
 
 def test_a_delta_much_larger_than_the_index_asks_for_a_rebuild(monkeypatch):
