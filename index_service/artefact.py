@@ -27,6 +27,7 @@ import threading
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -43,7 +44,7 @@ from index_service.claim import BuildClaim
 from index_service.plan import EXACT, IndexPlan
 from towers.catalogue import ITEM_ID
 from towers.checkpoint import Manifest
-from towers.errors import CorruptArtefactError, NotFoundError
+from towers.errors import CorruptArtefactError, NotFoundError, TwoTowerError
 from towers.store import Store
 
 FOLDER = "indexes"
@@ -244,11 +245,18 @@ class ArtefactStore:
         """
         folder = self._folder(artefact.manifest.checkpoint_version, artefact.manifest.catalogue_version)
         files: dict[str, StoredFile] = {}
-        for file, content in _contents(artefact):
-            self._store.put_new(f"{folder}/{artefact.manifest.build}/{file}", content)
-            files[file] = stored_file(content)
-        manifest = artefact.manifest.model_copy(update={"files": files})
-        self._store.put_new(f"{folder}/manifest-{manifest.revision}.json", _sealed(manifest))
+        try:
+            for file, content in _contents(artefact):
+                files[file] = stored_file(content)
+                self._store.put_new(f"{folder}/{artefact.manifest.build}/{file}", content)
+            manifest = artefact.manifest.model_copy(update={"files": files})
+            self._store.put_new(f"{folder}/manifest-{manifest.revision}.json", _sealed(manifest))
+        except TwoTowerError:
+            # A full disk, for example: what nobody will ever read must not keep it full.
+            for file in files:
+                with suppress(TwoTowerError):
+                    self._store.delete(f"{folder}/{artefact.manifest.build}/{file}")
+            raise
         return manifest
 
     def claim(self, checkpoint_version: int, stale_after_s: float) -> BuildClaim:
