@@ -203,3 +203,21 @@ def test_files_that_do_not_fit_together_are_refused(file, folder_url):
 def _replace(store, path, content):
     store.delete(path)
     store.put_new(path, content)
+
+
+def test_indexes_of_old_checkpoints_go_with_all_their_layouts(folder_url):
+    store = Store(folder_url)
+    for version in range(1, 8):
+        for shard, num_shards in ((0, 1), (1, 2)):
+            artefact = small_artefact(unit_vectors(3, 4), checkpoint_version=version, catalogue_version=CATALOGUE)
+            manifest = artefact.manifest.model_copy(update={"shard": shard, "num_shards": num_shards})
+            ArtefactStore(store, shard, num_shards).put(replace(artefact, manifest=manifest))
+    artefacts = ArtefactStore(store, 0, 1)
+    artefacts.prune_others((2, 6))
+    kept = {int(path.split("/")[1]) for path in store.files("indexes")}
+    assert kept == {2, 5, 6, 7}, "those that are named, and the newest two others"
+    for version in kept:
+        assert artefacts.newest(version) == ArtefactRef(version, CATALOGUE, 1)
+        assert ArtefactStore(store, 1, 2).newest(version) == ArtefactRef(version, CATALOGUE, 1)
+    artefacts.prune_others((2, 5, 6, 7))
+    assert {int(path.split("/")[1]) for path in store.files("indexes")} == kept

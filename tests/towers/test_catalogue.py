@@ -724,3 +724,21 @@ def test_partitions_are_a_partition(ids: list[str], count: int) -> None:
 def test_a_shard_that_is_none(shard: int, count: int) -> None:
     with pytest.raises(InvalidInputError, match="shard"):
         partition(toy_items(3), shard, count)
+
+
+def test_the_size_of_a_state_is_known_without_reading_an_item(store_url: str) -> None:
+    catalogue = Catalogue(Store(store_url))
+    first = catalogue.upsert(pa.table({"item_id": ["a", "b", "c"], "price": [1, 2, 3]})).catalogue_version
+    assert catalogue.size(first).num_rows == 3
+    catalogue.upsert(pa.table({"item_id": ["c", "d"], "price": [4, 5]}))
+    catalogue.delete(["a"])
+    newest = catalogue.version()
+    assert newest is not None
+    before = catalogue.size(newest)
+    assert before.num_rows == 6, "an upper bound: changes count as well"
+    assert before.stored_bytes > catalogue.size(first).stored_bytes > 100
+    catalogue.compact()
+    assert catalogue.size(newest).num_rows == 3
+    assert 100 < catalogue.size(newest).stored_bytes < before.stored_bytes
+    with pytest.raises(NotFoundError):
+        catalogue.size("9.9")
