@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import options
+from cli.filters import parse_filter
 from cli.options import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
-    from retrieval_client import FeatureValue, Retrieval, RetrievalClient
+    from retrieval_client import FeatureValue, Filter, Retrieval, RetrievalClient
 
 _TITLE = "title"
 
@@ -32,6 +33,15 @@ def retrieve(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Item that must not be returned; may be repeated.", metavar="ID")
     ] = None,
+    filter_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            help="Condition on catalogue columns: 'year>=1990', 'brand=acme', 'genres in Comedy,Drama', "
+            "'genres not in Horror', 'title exists'; may be repeated, then all must hold.",
+            metavar="CONDITION",
+        ),
+    ] = None,
     min_shards: Annotated[
         int, typer.Option(help="Fail when fewer shards than this answer.", metavar="COUNT", min=0)
     ] = 0,
@@ -43,10 +53,11 @@ def retrieve(
 ) -> None:
     """Ask for the best items, for example: twotower retrieve user_id=42 history=50,181 -k 10."""
     from cli.screen import say
-    from retrieval_client import RetrievalClient, UnavailableError
+    from retrieval_client import RetrievalClient, UnavailableError, all_of
     from towers.errors import NotReadyError
 
     texts = dict(split_feature(text) for text in features)
+    conditions = [parse_filter(text) for text in filter_ or []]
     try:
         with RetrievalClient(address, timeout_s=timeout_s) as client:
             status = client.get_status()
@@ -54,7 +65,8 @@ def retrieve(
                 raise NotReadyError(f"{address} has no version loaded yet; look at twotower status")
             kinds = {feature.name: feature.kind for feature in status.features}
             query = {name: parse_value(name, text, kinds) for name, text in texts.items()}
-            answer, milliseconds = _ask(client, query, k, attribute, exclude or [], min_shards)
+            condition = all_of(*conditions) if conditions else None
+            answer, milliseconds = _ask(client, query, k, attribute, exclude or [], min_shards, condition)
     except UnavailableError as error:
         raise NotReadyError(f"the query service at {address} is unavailable: {error.message}") from error
     if as_json:
@@ -106,13 +118,16 @@ def _ask(
     attribute: Sequence[str] | None,
     exclude: Sequence[str],
     min_shards: int,
+    condition: "Filter | None",
 ) -> "tuple[Retrieval, float]":
     """The answer and its milliseconds; with titles if nothing else is asked for and the catalogue has them."""
     from retrieval_client import InvalidRequestError
 
     def timed(names: Sequence[str]) -> "tuple[Retrieval, float]":
         start_s = time.perf_counter()
-        answer = client.retrieve(query, k, excluded_item_ids=exclude, min_shards=min_shards, attribute_names=names)
+        answer = client.retrieve(
+            query, k, excluded_item_ids=exclude, min_shards=min_shards, attribute_names=names, filter=condition
+        )
         return answer, (time.perf_counter() - start_s) * 1000
 
     if attribute is not None:

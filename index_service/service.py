@@ -182,4 +182,15 @@ def _status_message(status: VersionStatus) -> index_service_pb2.VersionStatus:
         message.num_delta_items = live.num_delta_items
         message.num_tombstones = live.num_tombstones
         message.built_catalogue_version = live.built_catalogue_version
+        message.search_settings.extend(
+            index_service_pb2.SearchSetting(
+                k=setting.k, parameters=setting.parameters, recall=setting.recall, latency_s=setting.latency_s
+            )
+            for setting in manifest.plan.settings
+        )
+        message.target_recall = manifest.target_recall
+        message.measured_with = manifest.measured_with
+        message.item_similarity = manifest.item_similarity
+        message.score_mean = manifest.score_mean
+        message.score_deviation = manifest.score_deviation
     return message

@@ -22,16 +22,20 @@ from retrieval_client.errors import (
     RetrievalError,
     UnavailableError,
 )
+from retrieval_client.filters import Attribute, Filter, FilterValue, all_of, any_of, attribute
 from retrieval_client.questions import Features, FeatureValue
 
 __all__ = [
     "AsyncRetrievalClient",
+    "Attribute",
     "AttributeValue",
     "CacheStatus",
     "DeadlineExceededError",
     "Embeddings",
     "FeatureValue",
     "Features",
+    "Filter",
+    "FilterValue",
     "InvalidRequestError",
     "QueryFeature",
     "Retrieval",
@@ -42,4 +46,7 @@ __all__ = [
     "ShardConnection",
     "TowerStatus",
     "UnavailableError",
+    "all_of",
+    "any_of",
+    "attribute",
 ]

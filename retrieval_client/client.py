@@ -21,6 +21,7 @@ from retrieval_client.answers import (
 )
 from retrieval_client.channel import CHANNEL_OPTIONS
 from retrieval_client.errors import error_of
+from retrieval_client.filters import Filter
 from retrieval_client.questions import Features, batch_retrieve_request, embed_request, retrieve_request
 
 _Request = TypeVar("_Request", contravariant=True)
@@ -56,6 +57,7 @@ class RetrievalClient:
         excluded_item_ids: Sequence[str] = (),
         min_shards: int = 0,
         attribute_names: Sequence[str] = (),
+        filter: Filter | None = None,  # noqa: A002
         timeout_s: float | None = None,
     ) -> Retrieval:
         """Finds the k best items for one query.
@@ -66,6 +68,7 @@ class RetrievalClient:
             excluded_item_ids: Items that must not be returned.
             min_shards: Fail with `UnavailableError` when fewer shards than this answer; 0 means 1.
             attribute_names: Catalogue columns to return with each item.
+            filter: Only items that meet this are returned.
             timeout_s: Deadline of this call.
 
         Raises:
@@ -76,7 +79,7 @@ class RetrievalClient:
             TypeError: a value that cannot be a feature; the message names it.
             ValueError: a number that is not finite or too large to be sent exactly.
         """
-        request = retrieve_request(features, k, excluded_item_ids, min_shards, attribute_names)
+        request = retrieve_request(features, k, excluded_item_ids, min_shards, attribute_names, filter)
         return retrieval_of(self._call(self._stub.Retrieve, request, timeout_s))
 
     def batch_retrieve(
@@ -87,13 +90,14 @@ class RetrievalClient:
         excluded_item_ids: Sequence[str] = (),
         min_shards: int = 0,
         attribute_names: Sequence[str] = (),
+        filter: Filter | None = None,  # noqa: A002
         timeout_s: float | None = None,
     ) -> tuple[Retrieval, ...]:
         """Finds the k best items for each of many queries in one call, all at one checkpoint version.
 
-        Arguments and errors as of `retrieve`; the items excluded are the same for all queries.
+        Arguments and errors as of `retrieve`; the items excluded and the filter are the same for all queries.
         """
-        request = batch_retrieve_request(queries, k, excluded_item_ids, min_shards, attribute_names)
+        request = batch_retrieve_request(queries, k, excluded_item_ids, min_shards, attribute_names, filter)
         return retrievals_of(self._call(self._stub.BatchRetrieve, request, timeout_s))
 
     def embed(self, queries: Sequence[Features], *, timeout_s: float | None = None) -> Embeddings:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from retrieval.feature.v1 import feature_pb2
 
+from retrieval_client import attribute
 from retrieval_client.questions import batch_retrieve_request, embed_request, retrieve_request
 
 Value = feature_pb2.FeatureValue
@@ -25,7 +26,7 @@ def floats(*values: float) -> Value:
 
 
 def value_sent(value: Any) -> Value:
-    return retrieve_request({"f": value}, 1, (), 0, ()).query.features["f"]
+    return retrieve_request({"f": value}, 1, (), 0, (), None).query.features["f"]
 
 
 @pytest.mark.parametrize(
@@ -85,9 +86,9 @@ def test_a_value_is_sent_as_it_is(value: Any, sent: Value) -> None:
 )
 def test_what_cannot_be_a_feature_is_refused_by_name(value: Any, problem: type[Exception]) -> None:
     with pytest.raises(problem, match="feature 'age': "):
-        retrieve_request({"age": value}, 1, (), 0, ())
+        retrieve_request({"age": value}, 1, (), 0, (), None)
     with pytest.raises(problem, match="query 1: feature 'age': "):
-        batch_retrieve_request([{}, {"age": value}], 1, (), 0, ())
+        batch_retrieve_request([{}, {"age": value}], 1, (), 0, (), None)
     with pytest.raises(problem, match="query 1: feature 'age': "):
         embed_request([{}, {"age": value}])
 
@@ -103,11 +104,12 @@ def test_what_cannot_be_a_feature_is_refused_by_name(value: Any, problem: type[E
         ({"min_shards": "2"}, TypeError, "min_shards: expected an integer"),
         ({"excluded_item_ids": "50"}, TypeError, "excluded_item_ids: expected a list of strings, got the string '50'"),
         ({"excluded_item_ids": [50]}, TypeError, "excluded_item_ids: expected strings, got int 50"),
+        ({"filter": "year>=1990"}, TypeError, "filter: expected a Filter, for example .*, got str"),
         ({"attribute_names": "title"}, TypeError, "attribute_names: expected a list of strings"),
     ],
 )
 def test_wrong_fields_are_refused_by_name(fields: Mapping[str, Any], problem: type[Exception], told: str) -> None:
-    right = {"features": {}, "k": 1, "excluded_item_ids": (), "min_shards": 0, "attribute_names": ()}
+    right = {"features": {}, "k": 1, "excluded_item_ids": (), "min_shards": 0, "attribute_names": (), "filter": None}
     with pytest.raises(problem, match=told):
         retrieve_request(**{**right, **fields})
 
@@ -118,11 +120,15 @@ def test_one_mapping_is_no_batch() -> None:
 
 
 def test_all_fields_are_sent() -> None:
-    request = retrieve_request({"user_id": "1", "age": 3}, np.int32(5), ["a", "b"], 2, ("title",))
+    request = retrieve_request(
+        {"user_id": "1", "age": 3}, np.int32(5), ["a", "b"], 2, ("title",), attribute("year").exists()
+    )
     assert set(request.query.features) == {"user_id", "age"}
     assert (request.k, request.min_shards) == (5, 2)
     assert (list(request.excluded_item_ids), list(request.attribute_names)) == (["a", "b"], ["title"])
-    batch = batch_retrieve_request([{"user_id": "1"}, {}], 5, ["a"], 1, ["title"])
+    assert request.filter == attribute("year").exists().message
+    batch = batch_retrieve_request([{"user_id": "1"}, {}], 5, ["a"], 1, ["title"], None)
     assert [set(query.features) for query in batch.queries] == [{"user_id"}, set()]
     assert (batch.k, batch.min_shards) == (5, 1)
     assert (list(batch.excluded_item_ids), list(batch.attribute_names)) == (["a"], ["title"])
+    assert not batch.HasField("filter")
