@@ -179,9 +179,11 @@ class Shards:
                     else:
                         failures[number] = answer
         finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            # Where all have ended well, there is nothing to end.
+            if len(hits) + len(failures) < num_shards:
+                for task in waiting:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
         return Outcome(
             hits=[answer for _, answer in sorted(hits.items())],
             failures=[answer for _, answer in sorted(failures.items())],
@@ -215,7 +217,6 @@ class Shards:
         request: index_service_pb2.SearchRequest,
         timeout_s: float,
     ) -> Hits | Failure:
-        name = f"shard {number} ({replica.address})"
         try:
             response = await replica.stub.Search(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
@@ -227,17 +228,18 @@ class Shards:
             else:
                 replica.failed(time.monotonic())
             detail = f": {error.details()}" if status in _TELLING else ""
-            return Failure(number, status, f"{name}: {status.name}{detail}")
+            return _failure(number, replica, status, status.name + detail)
         replica.answered()
         if response.checkpoint_version != search.version:
             raise BrokenAnswerError(
-                f"{name} answered at version {response.checkpoint_version}, asked for {search.version}"
+                f"{_name(number, replica)} answered at version {response.checkpoint_version}, "
+                f"asked for {search.version}"
             )
         try:
             return hits_of(response, len(search.embeddings), search.k, search.attribute_names)
         except BrokenAnswerError as error:
-            _log.error("the answer of %s is not used: %s", name, error)
-            return Failure(number, grpc.StatusCode.INTERNAL, f"{name}: its answer is broken: {error}")
+            _log.error("the answer of %s is not used: %s", _name(number, replica), error)
+            return _failure(number, replica, grpc.StatusCode.INTERNAL, f"its answer is broken: {error}")
 
     def _connected(self, address: str) -> Replica:
         channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -259,3 +261,11 @@ def _request(search: Search, embeddings: bytes, number: int, num_shards: int) ->
         num_shards=num_shards,
         filter=search.filter,
     )
+
+
+def _failure(number: int, replica: Replica, status: grpc.StatusCode, why: str) -> Failure:
+    return Failure(number, status, f"{_name(number, replica)}: {why}")
+
+
+def _name(number: int, replica: Replica) -> str:
+    return f"shard {number} ({replica.address})"

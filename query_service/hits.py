@@ -26,8 +26,8 @@ class Hits:
     """`[H]`"""
     item_id_bytes: bytes
     """UTF-8, one after another."""
-    item_id_ends: NDArray[np.int64]
-    """`[H]` where each item id ends in `item_id_bytes`."""
+    item_id_sizes: NDArray[np.int64]
+    """`[H]` bytes of each item id in `item_id_bytes`."""
     attributes: Sequence[Sequence[feature_pb2.FeatureValue]]
     """One column of H values for each attribute asked for."""
 
@@ -49,11 +49,11 @@ def hits_of(
     try:
         counts = np.frombuffer(response.hit_counts, dtype="<u4").astype(np.int64)  # [B]
         scores = np.frombuffer(response.scores, dtype="<f4")  # [H]
-        sizes = np.frombuffer(response.item_id_sizes, dtype="<u4")  # [H]
+        sizes = np.frombuffer(response.item_id_sizes, dtype="<u4").astype(np.int64)  # [H]
         response.item_ids.decode()
     except ValueError as error:
         raise BrokenAnswerError(f"its columns cannot be read: {error}") from error
-    ends = np.cumsum(sizes, dtype=np.int64)  # [H]
+    ends = np.cumsum(sizes)  # [H]
     num_hits = int(counts.sum())
     if len(counts) != num_queries or counts.max(initial=0) > k:
         raise BrokenAnswerError(f"it has hits for {len(counts)} queries, at most {counts.max(initial=0)} each")
@@ -68,4 +68,4 @@ def hits_of(
     for name in attribute_names:
         if len(columns.get(name, ())) != num_hits:
             raise BrokenAnswerError(f"attribute {name!r} does not have a value for each hit")
-    return Hits(counts, scores, response.item_ids, ends, [columns[name] for name in attribute_names])
+    return Hits(counts, scores, response.item_ids, sizes, [columns[name] for name in attribute_names])

@@ -39,7 +39,7 @@ def merge(shards: Sequence[Hits], num_queries: int, k: int, num_attributes: int)
     query_of = np.concatenate([np.repeat(np.arange(num_queries), hits.counts) for hits in shards])  # [H]
     scores = np.concatenate([hits.scores for hits in shards])  # [H]
     id_bytes = b"".join(hits.item_id_bytes for hits in shards)
-    id_sizes = np.concatenate([np.diff(hits.item_id_ends, prepend=0) for hits in shards])  # [H]
+    id_sizes = np.concatenate([hits.item_id_sizes for hits in shards])  # [H]
     id_ends = np.cumsum(id_sizes)  # [H]
 
     def ids_of(rows: NDArray[np.intp]) -> list[bytes]:
@@ -47,7 +47,8 @@ def merge(shards: Sequence[Hits], num_queries: int, k: int, num_attributes: int)
         return [id_bytes[start:end] for start, end in zip(starts.tolist(), id_ends[rows].tolist(), strict=True)]
 
     order = np.lexsort((-scores, query_of))
-    is_tie = (np.diff(query_of[order]) == 0) & (np.diff(scores[order]) == 0)
+    queries_in_order, scores_in_order = query_of[order], scores[order]
+    is_tie = (queries_in_order[1:] == queries_in_order[:-1]) & (scores_in_order[1:] == scores_in_order[:-1])
     if is_tie.any():
         tied = order[np.append(is_tie, False) | np.append(False, is_tie)]
         item_ids = ids_of(tied)

@@ -24,7 +24,7 @@ def hits_from(queries: list[list[tuple[float, str]]]) -> Hits:
         counts=np.array([len(query) for query in queries], dtype=np.int64),
         scores=np.array([score for score, _ in hits], dtype=np.float32),
         item_id_bytes=b"".join(encoded),
-        item_id_ends=np.cumsum([len(item_id) for item_id in encoded], dtype=np.int64),
+        item_id_sizes=np.array([len(item_id) for item_id in encoded], dtype=np.int64),
         attributes=[[feature_pb2.FeatureValue(string_value=item_id) for _, item_id in hits]],
     )
 
