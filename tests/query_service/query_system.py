@@ -118,6 +118,8 @@ async def running(
             "shards": addresses,
             "address": "127.0.0.1:0",
             "redis_url": "",
+            # A sample of chance would call shards that a test counts.
+            "shadow_share": 0.0,
             "poll_interval_s": 0.02,
             "drain_s": 0,
             "cache_timeout_s": 5.0,
