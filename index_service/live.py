@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from index_service.delta import Patches, PatchStack, Segment, sealed, values_of
-from index_service.embed import embed_items
+from index_service.embed import EmbeddedItems, embed_items
 from index_service.feed import Changes
 from index_service.filters import Condition
 from index_service.planner import search_allowed
@@ -191,12 +191,13 @@ class LiveView:
 class LiveIndex:
     """A checkpoint version that takes changes. `view` may be read by any thread; one at a time applies changes."""
 
-    def __init__(self, base: ShardIndex, tower: Tower | None) -> None:
+    def __init__(self, base: ShardIndex, tower: Callable[[], Tower] | None) -> None:
         """Starts at the state of the catalogue that the index was built from.
 
         Args:
             base: The built index.
-            tower: The item tower of the same checkpoint; None for an index that takes no changes.
+            tower: Gives the item tower of the same checkpoint; asked only when items are upserted. None for an index
+                that takes none.
         """
         self.base = base
         self._filterable = base.attributes.filterable
@@ -211,8 +212,6 @@ class LiveIndex:
             nothing,
         )
         self._tower = tower
-        columns = () if tower is None else (feature.column for feature in tower.encoder.features)
-        self._tower_columns = tuple(column for column in columns if column != ITEM_ID)
 
     @property
     def catalogue_version(self) -> str:
@@ -275,7 +274,6 @@ class LiveIndex:
         if upserts.num_rows == 0 and not changes.deleted_ids:
             self.view = replace(view, catalogue_version=changes.catalogue_version)
             return
-        assert self._tower is not None, "an index without a tower takes no changes"
         base, sealed_part, newest = view.base, view.sealed, view.newest
         ids: list[str] = upserts[ITEM_ID].to_pylist()
         changed_ids = [*ids, *changes.deleted_ids]
@@ -285,7 +283,7 @@ class LiveIndex:
         in_newest = newest.ids.rows_of(changed_ids)
         old = [_Found(base, in_base, ids), _Found(sealed_part, in_sealed, ids), _Found(newest, in_newest, ids)]
         keeps = [self._embed_alike(upserts, found) for found in old]
-        embedded = embed_items(self._tower, upserts.filter(pa.array(~(keeps[0] | keeps[1] | keeps[2]))), lambda _: None)
+        embedded = self._embedded(upserts.filter(pa.array(~(keeps[0] | keeps[1] | keeps[2]))))
         newest = newest.without(in_newest)
         for found, keep in zip(old[1:], keeps[1:], strict=True):
             vectors = found.source.ann.vectors[found.rows[keep]]
@@ -312,10 +310,22 @@ class LiveIndex:
             quarantined_ids=view.quarantined_ids.difference(changed_ids).union(embedded.quarantined),
         )
 
+    def _embedded(self, items: pa.Table) -> EmbeddedItems:
+        if items.num_rows == 0:
+            return EmbeddedItems(items, np.empty((0, self.view.dim), dtype=np.float32), {})
+        return embed_items(self._required_tower(), items, lambda _: None)
+
+    def _required_tower(self) -> Tower:
+        assert self._tower is not None, "an index without a tower takes no items"
+        return self._tower()
+
     def _embed_alike(self, items: pa.Table, found: "_Found") -> NDArray[np.bool_]:
         """Which items a part has, with the same values in all columns that the tower reads."""
         is_alike = found.rows >= 0
-        for column in self._tower_columns:
+        if not is_alike.any():
+            return is_alike
+        columns = {feature.column for feature in self._required_tower().encoder.features}
+        for column in columns - {ITEM_ID}:
             candidates = np.flatnonzero(is_alike)
             new = items[column].take(pa.array(candidates)).to_pylist() if column in items.column_names else None
             old = found.values(column, candidates)

@@ -1,5 +1,6 @@
 """A live index against a dictionary and exact search, over any sequence of changes."""
 
+import functools
 from datetime import UTC, datetime
 from unittest import mock
 
@@ -183,7 +184,7 @@ def test_any_sequence_of_changes_gives_the_state_it_leads_to(most_scanned, start
 
 def check_sequence(start, steps, excluded):
     state = dict(start)
-    live = LiveIndex(built_from(state), CountingTower())
+    live = LiveIndex(built_from(state), functools.cache(CountingTower))
     check(live, state, excluded)
     for number, step in enumerate(steps, start=2):
         before, seen = live.view, dict(state)
@@ -202,7 +203,7 @@ def check_sequence(start, steps, excluded):
 def test_attributes_that_no_tower_reads_cost_no_embedding():
     state = {f"item{number}": {"vector": number, "price": 1} for number in range(6)}
     tower = CountingTower()
-    live = LiveIndex(built_from(state), tower)
+    live = LiveIndex(built_from(state), lambda: tower)
     tower.num_embedded = 0
     for item_id in state:
         state[item_id] = {**state[item_id], "price": 2, "tags": ["new"]}
@@ -223,7 +224,7 @@ def test_attributes_that_no_tower_reads_cost_no_embedding():
 
 def test_what_cannot_be_embedded_is_quarantined_and_comes_back():
     state = {"good": {"vector": 1}, "bad": {"vector": 2}}
-    live = LiveIndex(built_from(state), CountingTower())
+    live = LiveIndex(built_from(state), functools.cache(CountingTower))
     step = {"bad": {"price": 1}, "worse": {}}
     live.apply(changes_of("0.2", step))
     state.update(step)
@@ -253,7 +254,7 @@ def test_many_changes_are_searched_through_the_lists_of_the_built_index(monkeypa
     attributes = {"tags": pa.array(tags[:3_000])}
     base = small_index(vectors[:3_000], names[:3_000], exact_below=100, attributes=attributes, filterable=["tags"])
     assert base.ann.lists is not None
-    live = LiveIndex(base, CountingTower())
+    live = LiveIndex(base, functools.cache(CountingTower))
     now = dict(enumerate(vectors[:3_000]))
     for step in range(20):
         rows = [*range(3_000 + step * 100, 3_100 + step * 100), *range(step * 50, step * 50 + 150)]
@@ -284,7 +285,7 @@ def test_many_changes_are_searched_through_the_lists_of_the_built_index(monkeypa
 def test_a_delta_much_larger_than_the_index_asks_for_a_rebuild(monkeypatch):
     monkeypatch.setattr("index_service.live._SMALLEST_REBUILD", 2)
     state = {f"item{number}": {"vector": number} for number in range(10)}
-    live = LiveIndex(built_from(state), CountingTower())
+    live = LiveIndex(built_from(state), functools.cache(CountingTower))
     live.apply(changes_of("0.2", {"item1": None}))
     assert not live.needs_rebuild(0.1), "fewer than a rebuild is worth"
     live.apply(changes_of("0.3", {"item2": {"vector": 11}}))
@@ -293,7 +294,7 @@ def test_a_delta_much_larger_than_the_index_asks_for_a_rebuild(monkeypatch):
 
 
 def test_bad_searches_and_unknown_attributes_are_refused():
-    live = LiveIndex(built_from({"a": {"vector": 1, "price": 1}}), CountingTower())
+    live = LiveIndex(built_from({"a": {"vector": 1, "price": 1}}), functools.cache(CountingTower))
     live.apply(changes_of("0.2", {"b": {"vector": 2, "tags": ["x"]}}))
     query = np.eye(DIM, dtype=np.float32)[:1]
     for embeddings, k in ((query[:, :3], 1), (query, 0), (query * np.nan, 1), (query * 3, 1)):
@@ -303,3 +304,18 @@ def test_bad_searches_and_unknown_attributes_are_refused():
     assert set(live.view.attribute_names) == {"vector", "price", "tags"}
     with pytest.raises(InvalidInputError, match="unknown attribute 'size'; known: \\['price', 'tags', 'vector'\\]"):
         live.view.attribute_values("size", hits.rows)
+
+
+def test_no_tower_is_loaded_where_nothing_is_to_be_embedded():
+    asked = []
+
+    def tower():
+        asked.append(1)
+        return CountingTower()
+
+    live = LiveIndex(built_from({"a": {"vector": 1, "price": 1}, "b": {"vector": 2, "price": 1}}), tower)
+    live.apply(Changes("0.2", pa.table({"item_id": pa.array([], pa.string())}), ("a", "nothing")))
+    assert (live.num_items, asked) == (1, [])
+    live.apply(Changes("0.3", pa.table({"item_id": ["c"], "vector": [[1.0, 0.0, 0.0, 0.0]]}), ()))
+    assert live.num_items == 2
+    assert asked
