@@ -11,8 +11,10 @@ from retrieval_client.answers import (
     Retrieval,
     RetrievedItem,
     ServiceStatus,
+    ShadowStatus,
     ShardConnection,
     TowerStatus,
+    VersionTraffic,
 )
 from retrieval_client.client import RetrievalClient
 from retrieval_client.client_asyncio import AsyncRetrievalClient
@@ -43,9 +45,11 @@ __all__ = [
     "RetrievalError",
     "RetrievedItem",
     "ServiceStatus",
+    "ShadowStatus",
     "ShardConnection",
     "TowerStatus",
     "UnavailableError",
+    "VersionTraffic",
     "all_of",
     "any_of",
     "attribute",

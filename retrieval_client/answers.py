@@ -102,6 +102,38 @@ class QueryFeature:
 
 
 @dataclass(frozen=True)
+class ShadowStatus:
+    """How the standby version answers a sample of the live queries, beside the live version."""
+
+    checkpoint_version: int
+    live_version: int
+    num_queries: int
+    """Queries that both answered."""
+    num_errors: int
+    """Queries that the standby version failed to answer."""
+    mean_overlap: float
+    """Mean share of the live answer's items that the standby version returned too."""
+    live_p50_s: float
+    live_p99_s: float
+    standby_p50_s: float
+    standby_p99_s: float
+
+
+@dataclass(frozen=True)
+class VersionTraffic:
+    """Requests of one version on one layout since the deployment record last changed."""
+
+    checkpoint_version: int
+    num_shards: int
+    """Number of shards of the layout."""
+    num_requests: int
+    num_errors: int
+    """Those that failed for a reason that is not the caller's."""
+    p50_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True)
 class ServiceStatus:
     """What one replica of the query service serves."""
 
@@ -111,9 +143,13 @@ class ServiceStatus:
     standby_version: int | None
     towers: tuple[TowerStatus, ...]
     shards: tuple[ShardConnection, ...]
+    """Every replica of every shard of every layout."""
     cache: CacheStatus
     features: tuple[QueryFeature, ...]
     """Of the version that answers."""
+    shadow: ShadowStatus | None
+    """None when no version stands by."""
+    traffic: tuple[VersionTraffic, ...]
 
 
 def retrieval_of(response: query_service_pb2.RetrieveResponse) -> Retrieval:
@@ -169,6 +205,27 @@ def status_of(response: query_service_pb2.GetStatusResponse) -> ServiceStatus:
         ),
         cache=CacheStatus(cache.enabled, cache.reachable, cache.hits, cache.misses, cache.errors),
         features=tuple(QueryFeature(feature.name, feature.kind) for feature in response.features),
+        shadow=_shadow(response.shadow) if response.HasField("shadow") else None,
+        traffic=tuple(
+            VersionTraffic(
+                part.checkpoint_version, part.num_shards, part.num_requests, part.num_errors, part.p50_s, part.p99_s
+            )
+            for part in response.traffic
+        ),
+    )
+
+
+def _shadow(message: query_service_pb2.ShadowStatus) -> ShadowStatus:
+    return ShadowStatus(
+        message.checkpoint_version,
+        message.live_version,
+        message.num_queries,
+        message.num_errors,
+        message.mean_overlap,
+        message.live_p50_s,
+        message.live_p99_s,
+        message.standby_p50_s,
+        message.standby_p99_s,
     )
 
 

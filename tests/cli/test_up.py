@@ -25,8 +25,8 @@ from towers.store import Store
 WAIT_S = 90.0
 
 
-def command(store: str, folder: Path) -> list[str]:
-    arguments = ["up", "--store", store, "--port", "0", "--folder", str(folder)]
+def command(store: str, folder: Path, *more: str) -> list[str]:
+    arguments = ["up", "--store", store, "--port", "0", "--folder", str(folder), *more]
     return list(tied(sys.executable, "-m", "cli.main", *arguments))
 
 
@@ -90,11 +90,12 @@ def retrieve_once_live(twotower: Twotower, address: str) -> Outcome:
 def test_a_signal_ends_all_cleanly(number: signal.Signals, folder_url: str, tmp_path: Path) -> None:
     output = tmp_path / "output"
     with output.open("wb") as out:
-        process = subprocess.Popen(command(folder_url, tmp_path), stdout=out, stderr=out)
+        more = ("--shards", "1", "--replicas", "2")
+        process = subprocess.Popen(command(folder_url, tmp_path, *more), stdout=out, stderr=out)
     try:
         wait_for(output.read_text, "rollout: up, pid")
         pids = pids_in(output.read_text())
-        assert len(pids) == 5
+        assert set(pids) == {"valkey", "shard-0", "shard-0-replica-1", "query", "rollout"}
         process.send_signal(number)
         assert process.wait(timeout=WAIT_S) == 0, output.read_text()
         assert not any(map(is_running, pids.values()))

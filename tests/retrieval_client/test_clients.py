@@ -31,9 +31,11 @@ from retrieval_client import (
     RetrievalError,
     RetrievedItem,
     ServiceStatus,
+    ShadowStatus,
     ShardConnection,
     TowerStatus,
     UnavailableError,
+    VersionTraffic,
 )
 
 PATIENCE_S = 30.0
@@ -133,6 +135,22 @@ def test_the_status_is_typed(call: Callable[..., Any]) -> None:
         shards=[query_service_pb2.ShardConnection(shard=0, address="host:1", reachable=True, num_shards=2)],
         cache=query_service_pb2.CacheStatus(enabled=True, reachable=False, hits=1, misses=2, errors=3),
         features=[query_service_pb2.QueryFeature(name="user_id", kind="categorical")],
+        shadow=query_service_pb2.ShadowStatus(
+            checkpoint_version=3,
+            live_version=2,
+            num_queries=5,
+            num_errors=1,
+            mean_overlap=0.5,
+            live_p50_s=0.25,
+            live_p99_s=0.75,
+            standby_p50_s=1.25,
+            standby_p99_s=1.75,
+        ),
+        traffic=[
+            query_service_pb2.VersionTraffic(
+                checkpoint_version=2, num_shards=4, num_requests=9, num_errors=1, p50_s=0.25, p99_s=0.5
+            )
+        ],
     )
     expected = ServiceStatus(
         deployment_revision=4,
@@ -142,6 +160,8 @@ def test_the_status_is_typed(call: Callable[..., Any]) -> None:
         shards=(ShardConnection(0, "host:1", True, 2),),
         cache=CacheStatus(enabled=True, reachable=False, hits=1, misses=2, errors=3),
         features=(QueryFeature("user_id", "categorical"),),
+        shadow=ShadowStatus(3, 2, 5, 1, 0.5, 0.25, 0.75, 1.25, 1.75),
+        traffic=(VersionTraffic(2, 4, 9, 1, 0.25, 0.5),),
     )
     with ScriptedService(lambda request, context: response) as service:
         assert call(service.address, "get_status") == expected
