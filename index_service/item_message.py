@@ -63,15 +63,19 @@ def table_of(items: Sequence[index_service_pb2.Item], types: Mapping[str, pa.Dat
     """
     columns: dict[str, _Column] = {}
     for row, item in enumerate(items):
-        for name, value in item.attributes.items():
+        attributes = item.attributes
+        for name in attributes:  # Its items() is Python code, and this loop is the price of an upsert.
+            value = attributes[name]
             kind = value.WhichOneof("value")
             if kind is None:
                 continue
             content = getattr(value, kind)
             if kind in _LISTS:
                 content = list(content.values)
-            column = columns.setdefault(name, _Column(kind))
-            if column.kind != kind and not (column.kind in _LISTS and content == []):
+            column = columns.get(name)
+            if column is None:
+                column = columns[name] = _Column(kind)
+            elif column.kind != kind and not (column.kind in _LISTS and content == []):
                 if not (kind in _LISTS and column.kind in _LISTS) or any(column.values):
                     reason = f"is {_KINDS[kind]}, in another item of the call {_KINDS[column.kind]}"
                     raise _wrong(items, row, name, reason)

@@ -6,6 +6,7 @@ A view is a state: it never changes, and goes when the last request that holds i
 out of parts of the last, so requests and updates never wait for each other.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,6 +33,9 @@ _MOST_SCANNED = 8192
 """Of the newest items: they are scanned by every search and copied by every update."""
 _SMALLEST_REBUILD = 10_000
 """Changed items below which a rebuild is not worth its process."""
+_REBUILD_PAUSE_S = 120.0
+"""From one index to its successor: under a storm of changes one build would follow another, and win nothing, because
+what is sealed is searched as fast as what is built."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,7 @@ class LiveIndex:
                 that takes none.
         """
         self.base = base
+        self._loaded_s = time.monotonic()
         self._filterable = base.attributes.filterable
         nothing = Segment.empty(base.manifest.dim, self._filterable)
         self.view = LiveView(
@@ -257,6 +262,8 @@ class LiveIndex:
         Args:
             share: Of the built items, new embeddings or tombstones.
         """
+        if time.monotonic() < self._loaded_s + _REBUILD_PAUSE_S:
+            return False
         num_changed = max(self.view.num_new_items, self.view.num_tombstones)
         return num_changed >= max(share * self.base.num_items, _SMALLEST_REBUILD)
 
@@ -281,14 +288,18 @@ class LiveIndex:
         in_base = _alive_rows(view.alive, base.rows_of(changed_ids))
         in_sealed = _alive_rows(view.sealed_alive, sealed_part.ids.rows_of(changed_ids))
         in_newest = newest.ids.rows_of(changed_ids)
-        old = [_Found(base, in_base, ids), _Found(sealed_part, in_sealed, ids), _Found(newest, in_newest, ids)]
+        old = [
+            _Found(part, rows, ids) for part, rows in ((base, in_base), (sealed_part, in_sealed), (newest, in_newest))
+        ]
         keeps = [self._embed_alike(upserts, found) for found in old]
         embedded = self._embedded(upserts.filter(pa.array(~(keeps[0] | keeps[1] | keeps[2]))))
         newest = newest.without(in_newest)
         for found, keep in zip(old[1:], keeps[1:], strict=True):
-            vectors = found.source.ann.vectors[found.rows[keep]]
-            newest = newest.joined(Segment.of(upserts.filter(pa.array(keep)), vectors, self._filterable))
-        newest = newest.joined(Segment.of(embedded.items, embedded.embeddings, self._filterable))
+            if keep.any():
+                vectors = found.source.ann.vectors[found.rows[keep]]
+                newest = newest.joined(Segment.of(upserts.filter(pa.array(keep)), vectors, self._filterable))
+        if embedded.items.num_rows:
+            newest = newest.joined(Segment.of(embedded.items, embedded.embeddings, self._filterable))
         patched_rows = old[0].rows[keeps[0]]
         patches = view.patches
         if len(patched_rows):
@@ -338,8 +349,10 @@ class _Found:
 
     def __init__(self, source: ShardIndex | Segment, rows: NDArray[np.int64], item_ids: Sequence[str]) -> None:
         self.source = source
-        row_of = dict(zip(source.ids.utf8(rows), rows.tolist(), strict=True))
-        self.rows = np.array([row_of.get(item_id.encode(), -1) for item_id in item_ids], dtype=np.int64)
+        self.rows = np.full(len(item_ids), -1)
+        if len(rows):
+            row_of = dict(zip(source.ids.utf8(rows), rows.tolist(), strict=True))
+            self.rows = np.array([row_of.get(item_id.encode(), -1) for item_id in item_ids], dtype=np.int64)
         """`[U]` the row of each upserted item; -1 where the part does not have it."""
 
     def values(self, name: str, items: NDArray[np.int64]) -> list[Any]:

@@ -26,6 +26,8 @@ from towers.rpc import RpcServer, until_stopped
 from towers.store import Store
 
 CATALOGUE_POLL_S = 0.1
+_SWITCH_INTERVAL_S = 0.0005
+"""A search asks for the interpreter several times; at Python's 5 ms each, one update beside it would cost it 20."""
 _NO_CATALOGUE = "the catalogue is not loaded; load it: twotower catalog load items.parquet"
 
 _Value = TypeVar("_Value")
@@ -38,6 +40,7 @@ def run(settings: IndexSettings) -> None:
     Raises:
         InvalidInputError: the store's URL is not valid, or the address cannot be bound.
     """
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     uvloop.run(_serve(settings))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction
@@ -352,7 +353,7 @@ class Catalogue:
     def _append(self, schema: pa.Schema | None, tables: Sequence[pa.Table]) -> int:
         rows = pa.concat_tables(tables, promote_options="default")
         rows = rows.take(_last_rows(rows[ITEM_ID]))
-        rows = rows.add_column(1, _ROW, pa.array(range(rows.num_rows), pa.int64()))
+        rows = rows.add_column(1, _ROW, pa.array(np.arange(rows.num_rows)))
         if schema is not None and set(rows.column_names) <= set(schema.names):
             return self._changes.append(rows, "WRITE")
         return self._changes.write(self._changes.open(), rows, mode="append", schema_mode="merge")
@@ -485,7 +486,9 @@ def _check_names(names: Sequence[str]) -> None:
 
 def _last_rows(ids: pa.Array) -> pa.Array:
     """Position of the last row of each id, rising."""
-    rows = pa.table({ITEM_ID: ids, _ROW: pa.array(range(len(ids)), pa.int64())})
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return pa.array(np.arange(len(ids)))
+    rows = pa.table({ITEM_ID: ids, _ROW: np.arange(len(ids))})
     last = rows.group_by(ITEM_ID).aggregate([(_ROW, "max")])[f"{_ROW}_max"].combine_chunks()
     return last.sort()
 
@@ -640,7 +643,7 @@ def _as_layer(base: pa.Table) -> pa.Table:
         )
     return (
         base.append_column(_OP, pa.array([_UPSERT] * len(base), pa.string()))
-        .append_column(_ROW, pa.array(range(len(base)), pa.int64()))
+        .append_column(_ROW, pa.array(np.arange(len(base))))
         .append_column(COMMIT, pa.array([0] * len(base), pa.int64()))
     )
 

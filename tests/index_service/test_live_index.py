@@ -284,6 +284,7 @@ def test_many_changes_are_searched_through_the_lists_of_the_built_index(monkeypa
 
 def test_a_delta_much_larger_than_the_index_asks_for_a_rebuild(monkeypatch):
     monkeypatch.setattr("index_service.live._SMALLEST_REBUILD", 2)
+    monkeypatch.setattr("index_service.live._REBUILD_PAUSE_S", 0)
     state = {f"item{number}": {"vector": number} for number in range(10)}
     live = LiveIndex(built_from(state), functools.cache(CountingTower))
     live.apply(changes_of("0.2", {"item1": None}))
@@ -291,6 +292,8 @@ def test_a_delta_much_larger_than_the_index_asks_for_a_rebuild(monkeypatch):
     live.apply(changes_of("0.3", {"item2": {"vector": 11}}))
     assert live.needs_rebuild(0.1)
     assert not live.needs_rebuild(0.5)
+    monkeypatch.setattr("index_service.live._REBUILD_PAUSE_S", 3600)
+    assert not live.needs_rebuild(0.1), "so soon after the last one"
 
 
 def test_bad_searches_and_unknown_attributes_are_refused():
