@@ -46,6 +46,12 @@ def index(
     ] = None,
     address: Address = None,
     store: Store = None,
+    filterable: Annotated[
+        str | None,
+        typer.Option(
+            help="Attributes that filters may name: genres,year. [env var: TWOTOWER_FILTERABLE]", metavar="NAMES"
+        ),
+    ] = None,
     exact_below: Annotated[
         int | None,
         typer.Option(
@@ -64,6 +70,7 @@ def index(
         "shard": shard,
         "address": address,
         "store": store,
+        "filterable": filterable,
         "exact_below": exact_below,
         "poll_interval_s": poll_interval_s,
         "reflection": reflection,

@@ -78,7 +78,7 @@ def variables_of(settings: type[BaseSettings]) -> dict[str, str]:
 
 
 def in_words(default: Any) -> str:
-    if default == "":
+    if default in ("", ()):
         return "empty"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
