@@ -4,9 +4,9 @@ Deliberately does not know item ids, embeddings or where a condition came from.
 
 A filterable column is kept as its distinct values, sorted, and for each the rows that have it; so a condition is a few
 intervals of values. Intervals with few rows give a list of rows. For those with many, large tables hold bitmaps made
-beforehand: one for each frequent value, and one for each binary digit of the values' numbers (a bit-sliced index:
-O'Neil and Quass, "Improved query performance with variant indexes", 1997), from which any range follows in a few
-operations on bitmaps.
+beforehand: one for each frequent value, and one for all values below each of some bounds (a range-encoded index: Chan
+and Ioannidis, "Bitmap index design and evaluation", 1998). Any range is the difference of two of them, but for the rows
+between its own bounds and theirs, which are corrected one by one.
 """
 
 import bisect
@@ -28,6 +28,8 @@ from towers.errors import InvalidInputError
 
 _MAX_REMEMBERED = 64
 """Filters whose rows are kept: at most N / 8 bytes each."""
+_NUM_BOUNDS = 64
+"""Bitmaps of a prepared column: about N / 8 bytes each, and N / 128 rows at most to correct at each end of a range."""
 _MICROSECONDS = 1_000_000
 _BOOLEANS = "booleans"
 _Interval = tuple[int, int]
@@ -161,13 +163,16 @@ class _Column:
         self._starts = np.searchsorted(numbers, np.arange(len(self._values) + 1)).tolist()
         """Where the rows of each value start, and where those of the last end."""
         self._frequent: dict[_Interval, RowSet] = {}
-        self._digits: list[NDArray[np.uint64]] = []
+        self._bounds: list[int] = []
+        """Where the rows of some values start, rising; the last is where the rows end."""
+        self._below: list[NDArray[np.uint64]] = []
+        """For each bound the bitmap of the rows before it; empty until prepared, and for lists."""
 
     @property
     def size_bytes(self) -> int:
-        digits = sum(digit.nbytes for digit in self._digits)
+        bitmaps = sum(words.nbytes for words in self._below)
         frequent = sum(rows.size_bytes for rows in list(self._frequent.values()))
-        return int(self._rows.nbytes + self._values.size_bytes + digits + frequent)
+        return int(self._rows.nbytes + self._values.size_bytes + bitmaps + frequent)
 
     def prepare(self) -> None:
         """Makes the bitmaps of intervals with many rows."""
@@ -175,12 +180,11 @@ class _Column:
         for interval in ((0, num_values), *((number, number + 1) for number in range(num_values))):
             if self._num_of(interval) * RowSet.FEW >= self._num_rows:
                 self._frequent[interval] = self._listed([interval])
-        if not self._is_list and num_values > 1:
-            numbers = np.zeros(self._num_rows, dtype=np.int32)
-            numbers[self._rows] = np.repeat(np.arange(num_values), np.diff(self._starts))
-            digits = range((num_values - 1).bit_length())
-            # Complements, as only these are used.
-            self._digits = [RowSet(numbers >> digit & 1 == 0).words for digit in digits]
+        if not self._is_list:
+            shares = np.linspace(0, len(self._rows), _NUM_BOUNDS + 1)
+            numbers = np.unique(np.searchsorted(self._starts, shares)).tolist()
+            self._bounds = [self._starts[number] for number in numbers]
+            self._below = [self._listed([(0, number)]).words for number in numbers]
 
     def one_of(self, values: frozenset[Value]) -> RowSet:
         """The rows that have one of these values."""
@@ -216,23 +220,23 @@ class _Column:
         frequent = self._frequent.get(interval)
         if frequent is not None:
             return frequent
-        if not self._digits or self._num_of(interval) * RowSet.FEW < self._num_rows:
+        if not self._below or self._num_of(interval) * RowSet.FEW < self._num_rows:
             return self._listed([interval])
-        first, end = interval
-        # Rows without a value have the number 0 among the digits.
-        return (self._up_to(end - 1) - self._up_to(first - 1)) & self.present()
+        (below_first, first_rows), (below_end, end_rows) = map(self._near, interval)
+        # Each row has one value, so what is below one bound only is between the two.
+        words = below_first ^ below_end
+        rows = np.concatenate([first_rows, end_rows])
+        np.bitwise_xor.at(words, rows >> 6, np.uint64(1) << (rows & 63).astype(np.uint64))
+        return RowSet.of_words(words, self._num_rows)
 
-    def _up_to(self, number: int) -> RowSet:
-        """The rows whose value has this number or a lower one, and perhaps those that have no value."""
-        if number < 0:
-            return _no_rows(self._num_rows)
-        words: NDArray[np.uint64] | None = None
-        for place, is_zero in enumerate(self._digits):
-            if number >> place & 1:
-                words = words if words is None else np.bitwise_or(words, is_zero, out=words)
-            else:
-                words = is_zero.copy() if words is None else np.bitwise_and(words, is_zero, out=words)
-        return RowSet.everything(self._num_rows) if words is None else RowSet.of_words(words, self._num_rows)
+    def _near(self, number: int) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+        """The bitmap of the bound that is the nearest to a value's number, and the rows between."""
+        start = self._starts[number]
+        place = bisect.bisect_left(self._bounds, start)
+        if place and self._bounds[place] - start > start - self._bounds[place - 1]:
+            place -= 1
+        bound = self._bounds[place]
+        return self._below[place], self._rows[min(start, bound) : max(start, bound)]
 
     def _listed(self, intervals: Sequence[_Interval]) -> RowSet:
         """The rows that have a value in one of the intervals, from their lists."""
@@ -242,8 +246,11 @@ class _Column:
             mask = np.zeros(self._num_rows, dtype=bool)
             mask[rows] = True
             return RowSet(mask)
-        is_one_value = len(intervals) == 1 and intervals[0][1] - intervals[0][0] == 1
-        return RowSet.of_rows(rows if is_one_value else np.unique(rows), self._num_rows)
+        if self._is_list:
+            rows = np.unique(rows)
+        elif len(intervals) != 1 or intervals[0][1] - intervals[0][0] != 1:
+            rows = np.sort(rows)
+        return RowSet.of_rows(rows, self._num_rows)
 
     def _num_of(self, interval: _Interval) -> int:
         """Number of entries; of rows, at least where the column holds no lists."""
@@ -256,6 +263,7 @@ class _Numbers:
     def __init__(self, values: NDArray[Any], kind: str, unit: int = 1) -> None:
         """Takes `[V]` integers or floats; `unit` of them are what a filter calls 1."""
         self._values = values
+        self._is_whole = bool(np.issubdtype(values.dtype, np.integer))
         self._unit = unit
         self.kind = kind
 
@@ -284,14 +292,14 @@ class _Numbers:
         moments. Integers are compared exactly.
         """
         side: Literal["left", "right"] = "right" if including else "left"
-        if not np.issubdtype(self._values.dtype, np.integer):
+        if not self._is_whole:
             with np.errstate(over="ignore"):
-                return int(np.searchsorted(self._values, self._values.dtype.type(bound), side))
+                return int(self._values.searchsorted(self._values.dtype.type(bound), side))
         exact = bound if self._unit == 1 else np.round(bound * self._unit)
         if not -(2.0**63) <= exact < 2.0**63:
             return 0 if exact < 0 else len(self._values)
         whole = math.floor(exact) if including else math.ceil(exact)
-        return int(np.searchsorted(self._values, whole, side))
+        return int(self._values.searchsorted(whole, side))
 
 
 class _Strings:

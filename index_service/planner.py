@@ -13,17 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index_service.ann import AnnIndex
-from index_service.lists import Lists
+from index_service.lists import Lists, Reach
 from index_service.row_set import RowSet
 
-_MORE_ROWS = 2
-"""Behind a filter the neighbours lie further out, over more lists: a filter that is a region of the space needs up to
-twice the rows for the same recall (`python -m benchmarks.index.filters`)."""
+_MORE_ROWS = 1.5
+"""Behind a filter the neighbours lie further out, over more lists, and take more rows for the same recall."""
+_MORE_ROWS_OF_REGION = 3.0
+"""The same for a filter that is a region of the space: most queries see it from outside, where the order of lists tells
+less (both from `python -m benchmarks.index.filters`)."""
 _CHOICE_IN_ROWS = 3_000
 """Choosing lists for a query takes about as long as scoring this many rows: 60 µs against 20 ns."""
-_MOST = 0.5
-"""From this share of allowed rows on FAISS scans whole lists, for all queries at once; below it the time to skip
-forbidden rows is the longer one, and allowed rows are fetched by number."""
+_MOST = 0.2
+"""From this share of allowed rows on FAISS scans whole lists, for all queries at once; below it that would mostly skip
+forbidden rows, and allowed rows are fetched by number: at a tenth both took the same time."""
 _SPARSE = 1 / 3
 """Below this share an exact scan fetches rows by number; above it, it reads all and skips the others."""
 
@@ -64,16 +66,24 @@ def _planned(
     if num_forbidden <= k:
         # The k best allowed rows are among the k + num_forbidden best of all.
         return ann.search(embeddings, k, k + num_forbidden, faiss.IDSelectorBitmap(allowed.bitmap))
-    num_wanted = _MORE_ROWS * ann.num_scanned(k)
-    if ann.lists is None or allowed.count <= num_wanted + _CHOICE_IN_ROWS:
+    num_scanned = ann.num_scanned(k)
+    if ann.lists is None or allowed.count <= _MORE_ROWS * num_scanned + _CHOICE_IN_ROWS:
         return _exact(ann, embeddings, k, allowed)
-    return _through_lists(ann, ann.lists, embeddings, k, allowed, num_wanted)
+    reach = ann.lists.reach(allowed)
+    more = _MORE_ROWS + (_MORE_ROWS_OF_REGION - _MORE_ROWS) * reach.concentration
+    return _through_lists(ann, ann.lists, embeddings, k, allowed, reach, round(more * num_scanned))
 
 
 def _through_lists(
-    ann: AnnIndex, lists: Lists, embeddings: NDArray[np.float32], k: int, allowed: RowSet, num_wanted: int
+    ann: AnnIndex,
+    lists: Lists,
+    embeddings: NDArray[np.float32],
+    k: int,
+    allowed: RowSet,
+    reach: Reach,
+    num_wanted: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    nearest, similarities = lists.nearest(embeddings, allowed.counts_between(lists.starts), num_wanted)  # [B, P]
+    nearest, similarities = lists.nearest(embeddings, reach, num_wanted)  # [B, P]
     if lists.can_scan and allowed.count >= _MOST * ann.num_items:
         return lists.scan(embeddings, k, nearest, similarities, faiss.IDSelectorBitmap(allowed.bitmap))
     scores, rows = np.empty((len(embeddings), k), dtype=np.float32), np.empty((len(embeddings), k), dtype=np.int64)

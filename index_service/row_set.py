@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _WORD_BITS = 64
+_LOWER_BITS: NDArray[np.uint64] = (np.uint64(1) << np.arange(_WORD_BITS, dtype=np.uint64)) - np.uint64(1)
+"""For each bit of a word, a mask of those below it."""
 
 
 class RowSet:
@@ -113,21 +115,24 @@ class RowSet:
         bits: NDArray[np.uint8] = self.bitmap[rows >> 3] >> (rows & 7).astype(np.uint8) & 1
         return bits.view(np.bool_)
 
-    def counts_between(self, bounds: NDArray[np.int64]) -> NDArray[np.int32]:
+    def counts_between(self, bounds: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many rows of the set lie in each of L consecutive ranges.
 
         Args:
-            bounds: `[L + 1]` the first row of each range, and the end of the last; the same array each time, as the
-                last answer is kept.
+            bounds: `[L + 1]` the first row of each range, and the end of the last.
 
         Returns:
-            `[L]`, never too few; up to 7 too many, where another range holds them.
+            `[L]`
         """
-        known: tuple[NDArray[np.int64], NDArray[np.int32]] | None = self.__dict__.get("_counts")
-        if known is None or known[0] is not bounds:
-            known = bounds, self._counted(bounds)
-            self.__dict__["_counts"] = known
-        return known[1]
+        if self.has_few_rows:
+            return np.diff(np.searchsorted(self.rows, bounds))
+        in_word = np.bitwise_count(self.words)
+        before_word = np.zeros(len(in_word) + 1, dtype=np.int64)
+        np.cumsum(in_word, out=before_word[1:])
+        words = np.append(self.words, np.uint64(0))[bounds >> 6]
+        within = np.bitwise_count(words & _LOWER_BITS[bounds & 63])
+        counts: NDArray[np.int64] = np.diff(before_word[bounds >> 6] + within)
+        return counts
 
     def rows_between(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of the set within some ranges, rising; perhaps a few beside them.
@@ -145,16 +150,6 @@ class RowSet:
         places = np.flatnonzero(bits)
         rows: NDArray[np.int64] = used[places >> 3] * 8 + (places & 7)
         return rows
-
-    def _counted(self, bounds: NDArray[np.int64]) -> NDArray[np.int32]:
-        if self.has_few_rows:
-            return np.diff(np.searchsorted(self.rows, bounds)).astype(np.int32)
-        in_byte = np.append(np.bitwise_count(self.bitmap), np.uint8(0))
-        counts = np.add.reduceat(in_byte, bounds[:-1] >> 3, dtype=np.int32)
-        # A byte that two ranges share counts for both.
-        counts += in_byte[bounds[1:] >> 3] * (bounds[1:] & 7 != 0)
-        counts[bounds[1:] == bounds[:-1]] = 0
-        return counts
 
     @cached_property
     def words(self) -> NDArray[np.uint64]:

@@ -1,0 +1,229 @@
+"""Recall and time of searches behind filters and exclusions: `python -m benchmarks.index.filters`.
+
+Deliberately in one process and without gRPC: the index of one shard, its attributes and its planner. Each filter is
+timed when it has never been seen and when it comes again, in turn with the search without a filter and with an exact
+scan of the rows that match, whose numbers are then known beforehand.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.index.vectors import clustered
+from index_service.build import artefact_of
+from index_service.embed import EmbeddedItems
+from index_service.filters import Range
+from index_service.order import BuildOrder
+from index_service.shard import ShardIndex
+from towers.checkpoint import Manifest
+
+NUM_ITEMS = (100_000, 1_000_000)
+NUM_ITEMS_QUICK = (30_000,)
+DIM = 64
+K = 100
+SELECTIVITIES = (0.5, 0.1, 0.01, 0.001)
+TARGET_RECALL = 0.95
+TARGET_RATIO = 2.0
+NUM_EXCLUDED = 50_000
+_NUM_QUERIES = 100
+_NUM_REGIONS = 10
+_EXCLUSION_ROUNDS = 10
+_NUDGE = 1e-9
+"""Makes a bound, and with it a filter, that was never seen before."""
+
+
+def indexed(items: NDArray[np.float32]) -> ShardIndex:
+    """The index of items `[N, D]` with attributes that are uniform between 0 and 1.
+
+    `spread` says nothing about where an item lies; `region0` and so on rise towards one item each, so that the highest
+    of them are a region of the space, and far from most queries.
+    """
+    random = np.random.default_rng(1)
+    ids = [f"item-{number}" for number in range(len(items))]
+    attributes = {"spread": random.random(len(items))}
+    for number, centre in enumerate(random.choice(len(items), _NUM_REGIONS, replace=False)):
+        ranks = np.argsort(np.argsort(items @ items[centre]))
+        attributes[f"region{number}"] = ranks / len(items)
+    order = BuildOrder(
+        store="",
+        shard=0,
+        num_shards=1,
+        checkpoint_version=1,
+        catalogue_version="0.1",
+        revision=1,
+        exact_below=20_000,
+    )
+    checkpoint = Manifest(
+        version=1,
+        created=datetime.now(UTC),
+        dim=items.shape[1],
+        schema_fingerprint="",
+        files={},
+        metrics={},
+        config={},
+        data_window=None,
+        code_revision="",
+        parent_version=None,
+    )
+    embedded = EmbeddedItems(pa.table({"item_id": ids, **attributes}), items, {})
+    return ShardIndex(artefact_of(order, checkpoint, 0.0, embedded), list(attributes))
+
+
+def measure(index: ShardIndex, queries: NDArray[np.float32]) -> list[dict[str, Any]]:
+    """The figures of each selectivity, for attributes that say nothing about the embedding and those that do."""
+    faiss.omp_set_num_threads(1)
+    kinds = [(kind, selectivity) for selectivity in SELECTIVITIES for kind in ("spread", "region")]
+    figures = [_filtered(index, queries, kind, selectivity) for kind, selectivity in kinds]
+    return [*figures, _excluded(index, queries)]
+
+
+def _filtered(index: ShardIndex, queries: NDArray[np.float32], kind: str, selectivity: float) -> dict[str, Any]:
+    random = np.random.default_rng(2)
+    seconds: dict[str, list[float]] = {"unfiltered": [], "fresh": [], "repeated": [], "exact": []}
+    conditions = [_condition(kind, selectivity, number, random) for number in range(len(queries))]
+    hits = []
+    for number, condition in enumerate(conditions):
+        query = queries[number : number + 1]
+        _timed(seconds["unfiltered"], index.search, query, K)
+        hits.append(_timed(seconds["fresh"], index.search, query, K, condition))
+        _timed(seconds["repeated"], index.search, query, K, condition)
+    recalls, is_full = [], []
+    # Apart, as a long scan leaves cold caches to whatever comes next.
+    for number, condition in enumerate(conditions):
+        rows = np.flatnonzero(index.attributes.mask(condition))
+        query = queries[number : number + 1]
+        _, expected = _timed(seconds["exact"], index.ann.search_exactly, query, K, rows)
+        wanted = set(expected[0][expected[0] >= 0].tolist())
+        recalls.append(len(wanted & set(hits[number].rows.tolist())) / len(wanted))
+        is_full.append(len(hits[number].rows) == min(K, len(rows)))
+    figures = {name: statistics.median(values) for name, values in seconds.items()}
+    recall = statistics.mean(recalls)
+    slower = max(figures["fresh"], figures["repeated"])
+    return {
+        "items": index.num_items,
+        "filter": kind,
+        "selectivity": selectivity,
+        "recall": recall,
+        "full": all(is_full),
+        **{f"{name}_s": value for name, value in figures.items()},
+        "fresh_ratio": figures["fresh"] / figures["unfiltered"],
+        "repeated_ratio": figures["repeated"] / figures["unfiltered"],
+        "exact_ratio": figures["exact"] / figures["unfiltered"],
+        "reached": recall >= TARGET_RECALL and all(is_full) and slower <= TARGET_RATIO * figures["unfiltered"],
+    }
+
+
+def _excluded(index: ShardIndex, queries: NDArray[np.float32]) -> dict[str, Any]:
+    """Excluded ids: to find their rows is most of the work, and it is shown beside the whole."""
+    random = np.random.default_rng(3)
+    num_excluded = min(NUM_EXCLUDED, index.num_items // 2)
+    seconds: dict[str, list[float]] = {"unfiltered": [], "fresh": [], "lookup": []}
+    recalls, is_full = [], []
+    for number in range(min(_EXCLUSION_ROUNDS, len(queries))):
+        query = queries[number : number + 1]
+        chosen = random.choice(index.num_items, num_excluded, replace=False)
+        excluded = [f"item-{item}" for item in chosen]
+        _timed(seconds["unfiltered"], index.search, query, K)
+        rows = _timed(seconds["lookup"], index.rows_of, excluded)
+        hits = _timed(seconds["fresh"], index.search, query, K, None, excluded)
+        allowed = np.setdiff1d(np.arange(index.num_items), rows, assume_unique=True)
+        wanted = set(index.ann.search_exactly(query, K, allowed)[1][0].tolist())
+        recalls.append(len(wanted & set(hits.rows.tolist())) / len(wanted))
+        is_full.append(len(hits.rows) == min(K, len(allowed)))
+    figures = {name: statistics.median(values) for name, values in seconds.items()}
+    recall = statistics.mean(recalls)
+    return {
+        "items": index.num_items,
+        "filter": f"{num_excluded:,} excluded ids",
+        "selectivity": 1 - num_excluded / index.num_items,
+        "recall": recall,
+        "full": all(is_full),
+        **{f"{name}_s": value for name, value in figures.items()},
+        "reached": recall >= TARGET_RECALL and all(is_full),
+    }
+
+
+def _condition(kind: str, selectivity: float, number: int, random: np.random.Generator) -> Range:
+    """A filter that was never used before."""
+    if kind == "spread":
+        first = (1 - selectivity) * random.random()
+        return Range("spread", at_least=first, less_than=first + selectivity)
+    return Range(f"region{number % _NUM_REGIONS}", at_least=1 - selectivity - _NUDGE * (number + 1))
+
+
+def _timed(seconds: list[float], work: Callable[..., Any], *arguments: Any) -> Any:
+    start = time.perf_counter()
+    result = work(*arguments)
+    seconds.append(time.perf_counter() - start)
+    return result
+
+
+def shown(figures: list[dict[str, Any]], index_types: list[str]) -> Table:
+    """The figures as a table."""
+    table = Table(title=f"Filters: dimension {DIM}, k {K}, one query at a time, one thread; {', '.join(index_types)}")
+    for name in (
+        "items",
+        "filter",
+        "allowed",
+        "recall",
+        "full",
+        "no filter µs",
+        "fresh µs",
+        "again µs",
+        "exact scan µs",
+        "fresh / none",
+        "again / none",
+        "target",
+    ):
+        table.add_column(name, justify="left" if name == "filter" else "right")
+    for row in figures:
+        is_filter = "fresh_ratio" in row
+        table.add_row(
+            f"{row['items']:,}",
+            row["filter"],
+            f"{row['selectivity']:.1%}",
+            f"{row['recall']:.3f}",
+            "yes" if row["full"] else "no",
+            f"{row['unfiltered_s'] * 1e6:.0f}",
+            f"{row['fresh_s'] * 1e6:.0f}",
+            f"{row['repeated_s'] * 1e6:.0f}" if is_filter else f"({row['lookup_s'] * 1e6:.0f} to find)",
+            f"{row['exact_s'] * 1e6:.0f}" if is_filter else "",
+            f"{row['fresh_ratio']:.2f}" if is_filter else "",
+            f"{row['repeated_ratio']:.2f}" if is_filter else "",
+            "reached" if row["reached"] else "missed",
+        )
+    return table
+
+
+def main() -> None:
+    """Runs from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    sizes = {True: NUM_ITEMS_QUICK, False: NUM_ITEMS}
+    parser.add_argument("--quick", action="store_true", help=f"{NUM_ITEMS_QUICK[0]:,} items only")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args()
+    figures, index_types = [], []
+    for num_items in sizes[options.quick]:
+        items, queries = clustered(num_items, DIM, _NUM_QUERIES)
+        index = indexed(items)
+        index_types.append(index.manifest.index_type)
+        figures += measure(index, queries)
+    Console().print(shown(figures, index_types))
+    if options.json:
+        options.json.write_text(json.dumps({"index_types": index_types, "figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
