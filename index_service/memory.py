@@ -1,16 +1,21 @@
-"""How much memory a build or a load will take, and how much there is: refused in words before anything is allocated.
+"""How much memory a build or a load will take, and how much there is; and how what is freed goes back to the system.
 
 Deliberately does not know what an index holds beyond its size, nor who else will ask for memory in the next second.
 """
 
+import ctypes
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
 
 from towers.errors import TooLittleMemoryError
 
 _MIB = 2**20
+_M_MMAP_THRESHOLD = -3
 _BUILDER_BYTES = 300 * _MIB
 """Of a build process that has imported everything and not begun."""
 _LOAD_SLACK_BYTES = 32 * _MIB
@@ -161,6 +166,23 @@ def refuse_beyond(needed: int, available: int | None, what: str) -> None:
             f"{what} needs about {_shown(needed)} of memory and {_shown(available)} are available; "
             "give the shard more memory, or spread the catalogue over more shards: twotower stage --num-shards"
         )
+
+
+def return_freed_memory() -> None:
+    """Makes large blocks go back to the system when they are freed. Call it before any is allocated.
+
+    Otherwise the C library learns from the chunks that a load frees to keep such blocks for later, and Arrow keeps its
+    own, until a shard that has swapped a few times holds a version's worth of memory that nobody uses.
+    """
+    pa.set_memory_pool(pa.system_memory_pool())
+    with suppress(AttributeError):  # Not every C library has it.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MIB)
+
+
+def trim() -> None:
+    """Hands the free pages that the allocator keeps back to the system. Blocks without the interpreter lock."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _item_bytes(index_type: str, dim: int) -> float:

@@ -16,6 +16,7 @@ from retrieval.index.v1 import index_service_pb2_grpc
 
 from index_service.catalogue_service import CatalogServicer
 from index_service.load import IndexLoader
+from index_service.memory import return_freed_memory
 from index_service.service import SERVICE_NAME, IndexServicer, search_executor
 from index_service.settings import IndexSettings
 from index_service.versions import Versions
@@ -45,6 +46,7 @@ def run(settings: IndexSettings) -> None:
 
 
 async def _serve(settings: IndexSettings) -> None:
+    return_freed_memory()
     stopped = asyncio.create_task(until_stopped())
     store = Store(settings.store)
     server = RpcServer(

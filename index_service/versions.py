@@ -15,10 +15,8 @@ What it guarantees:
 """
 
 import asyncio
-import ctypes
 import enum
 import logging
-import sys
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +26,7 @@ from typing import Protocol
 
 from index_service.live import LiveView
 from index_service.load import LoadedIndex
+from index_service.memory import trim
 from index_service.order import CorruptCheckpointError
 from towers.deployment import NO_DEPLOYMENT, Deployment
 from towers.errors import ConflictError, TwoTowerError, VersionNotLoadedError
@@ -437,8 +436,6 @@ async def _wait(event: asyncio.Event, wait_s: float | None) -> None:
 
 
 def _give_back(resident: _Resident) -> None:
-    """Drops an index, and hands what the allocator would keep back to the system."""
+    """Drops an index, and what the allocator would keep of it."""
     resident.loaded = None
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # Not every C library has it.
-            ctypes.CDLL(None).malloc_trim(0)
+    trim()

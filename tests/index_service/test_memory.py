@@ -1,5 +1,7 @@
 """What there is of memory is read right on every kind of system, and estimates are not below what FAISS takes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import faiss
@@ -136,3 +138,26 @@ def test_a_refusal_names_both_figures_and_the_fix():
         "loading checkpoint 7 needs about 3,072 MiB of memory and 2,048 MiB are available; "
         "give the shard more memory, or spread the catalogue over more shards: twotower stage --num-shards"
     )
+
+
+def test_memory_that_is_freed_goes_back_to_the_system():
+    code = """
+import numpy, pyarrow
+import subprocess
+import sys
+from pathlib import Path
+from index_service.memory import return_freed_memory, trim
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+return_freed_memory()
+before = resident()
+for _ in range(3):
+    blocks = [numpy.ones(2**20, dtype=numpy.float64) for _ in range(8)] + [b"x" * 2**23 for _ in range(8)]
+    blocks += [pyarrow.allocate_buffer(2**23) for _ in range(8)] + [b"y" * 1000 for _ in range(50_000)]
+    held = resident() - before
+    del blocks
+    trim()
+print(held > 2**27, resident() - before < 2**23)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "True True\n"
