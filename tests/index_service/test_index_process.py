@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 from retrieval.index.v1 import index_service_pb2
 from shard_process import PATIENCE_S, ShardProcess, search_request, until
 from toy_checkpoint import toy_items, toy_model
@@ -147,6 +148,35 @@ def test_follows_the_record_and_the_catalogue_while_it_answers(world, start_shar
         assert result.catalogue_version == second_catalogue
         assert sum(not value.WhichOneof("value") for value in result.attributes["year"]) > 0
     assert is_serving(shard.address, SERVICE_NAME)
+
+
+def test_items_that_a_tool_rewrites_are_indexed_anew_while_the_old_index_answers(world, start_shard):
+    model = toy_model()
+    world.load_items()
+    world.go_live(world.publish(model))
+    shard = start_shard(world.url)
+    shard.until_state(1, "AVAILABLE")
+    catalogue = Catalogue(world.store)
+    catalogue.compact()
+    kept = model.item_ids[:20]
+    write_deltalake(f"{world.url}/catalog/items", toy_items(20), mode="overwrite")
+    rewritten = catalogue.version()
+    # From here on updates come as well; the new index has them when it takes the place of the old one.
+    Catalogue(world.store).delete(["1"])
+    newest = catalogue.version()
+    seen = []
+    while newest not in seen:
+        result = shard.search(model.query_embeddings(QUERIES), 1)
+        exact = [model.nearest(query, model.item_ids, 10)[0] for query in QUERIES]
+        if result.catalogue_version == newest:
+            exact = [model.nearest(query, kept[1:], 10)[0] for query in QUERIES]
+        assert result.item_ids == exact, "neither the old state nor the new one"
+        seen.append(result.catalogue_version)
+    assert seen == sorted(seen, key=[seen[0], newest].index), "it never goes back"
+    status = shard.version(1)
+    assert (status.num_items, status.loaded_from_store) == (19, False)
+    assert status.built_catalogue_version in (rewritten, newest)
+    assert shard.num_builds() == 2
 
 
 def test_the_store_may_go_while_the_live_version_serves(world, start_shard, tmp_path):
