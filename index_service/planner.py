@@ -4,8 +4,8 @@ Deliberately does not know why rows are allowed or not.
 
 A search through an IVF index takes the lists nearest to the query, whatever they hold. Behind a filter most of that
 may be forbidden, and a filter that correlates with the embedding can leave nothing. So lists count here by the allowed
-rows in them, and the nearest are taken until as many rows are looked at as without a filter, and some more. How many
-that takes for a recall was measured to depend little on how much is allowed, or where in the space it lies.
+rows in them, and the nearest are taken until enough of them are looked at. How many that is follows from what was
+measured without a filter, the share that is allowed, and whether it is a region of the space or spread over it.
 """
 
 import faiss
@@ -16,16 +16,19 @@ from index_service.ann import AnnIndex
 from index_service.lists import Lists, Reach
 from index_service.row_set import RowSet
 
-_MORE_ROWS = 1.5
-"""Behind a filter the neighbours lie further out, over more lists, and take more rows for the same recall."""
-_MORE_ROWS_OF_REGION = 3.0
-"""The same for a filter that is a region of the space: most queries see it from outside, where the order of lists tells
-less (both from `python -m benchmarks.index.filters`)."""
+_GROWTH = 0.4
+"""The allowed rows to look at grow with this power of the allowed share: from 100,000 to a million items, and from half
+of them to a thirtieth, recall was kept so, and by `_ROWS_PER_HIT` at the least."""
+_ROWS_PER_HIT = 10
+_MARGIN = 1.15
+_MORE_OF_REGION = 1.2
+"""A filter that is a region of the space needs up to so much again: most queries see it from outside, where the order
+of the lists tells less."""
 _CHOICE_IN_ROWS = 3_000
 """Choosing lists for a query takes about as long as scoring this many rows: 60 µs against 20 ns."""
-_MOST = 0.2
+_MOST = 0.06
 """From this share of allowed rows on FAISS scans whole lists, for all queries at once; below it that would mostly skip
-forbidden rows, and allowed rows are fetched by number: at a tenth both took the same time."""
+forbidden rows, and allowed rows are fetched by number: at about this share both take the same time."""
 _SPARSE = 1 / 3
 """Below this share an exact scan fetches rows by number; above it, it reads all and skips the others."""
 
@@ -66,12 +69,13 @@ def _planned(
     if num_forbidden <= k:
         # The k best allowed rows are among the k + num_forbidden best of all.
         return ann.search(embeddings, k, k + num_forbidden, faiss.IDSelectorBitmap(allowed.bitmap))
-    num_scanned = ann.num_scanned(k)
-    if ann.lists is None or allowed.count <= _MORE_ROWS * num_scanned + _CHOICE_IN_ROWS:
+    share = allowed.count / ann.num_items
+    num_wanted = max(_ROWS_PER_HIT * k, _MARGIN * ann.num_scanned(k) * share**_GROWTH)
+    if ann.lists is None or allowed.count <= num_wanted + _CHOICE_IN_ROWS:
         return _exact(ann, embeddings, k, allowed)
     reach = ann.lists.reach(allowed)
-    more = _MORE_ROWS + (_MORE_ROWS_OF_REGION - _MORE_ROWS) * reach.concentration
-    return _through_lists(ann, ann.lists, embeddings, k, allowed, reach, round(more * num_scanned))
+    num_wanted *= 1 + _MORE_OF_REGION * reach.concentration
+    return _through_lists(ann, ann.lists, embeddings, k, allowed, reach, round(num_wanted))
 
 
 def _through_lists(
