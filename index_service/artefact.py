@@ -60,8 +60,10 @@ VALIDATION_QUERIES = "validation queries"
 ITEM_VECTORS = "item vectors"
 _CLAIM = "claim"
 """Folder of the claim; a catalogue's folder begins with a "v"."""
-_READERS = 4
-"""Chunks that are fetched and verified at once."""
+_PIECE_BYTES = 2 * 2**20
+"""Of a chunk, fetched at once: what a load holds beside the index itself, for each reader."""
+_READERS = 2
+"""Chunks that are fetched and verified at once: more would take the cores from the searches beside a load."""
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 _MANIFEST = re.compile(r"manifest-(\d+)\.json")
 _CATALOGUE_VERSION = re.compile(r"(\d+)\.(\d+)")
@@ -333,8 +335,7 @@ class _ChunkReader:
             )
 
         def read(number: int) -> None:
-            start = number * CHUNK_BYTES
-            target[start : start + CHUNK_BYTES] = np.frombuffer(self._chunk(file, number), dtype=np.uint8)
+            self._fill(target[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES], file, number)
 
         with ThreadPoolExecutor(_READERS, "fetch") as readers:
             for _ in readers.map(read, range(len(stored.chunk_sha256))):
@@ -347,18 +348,27 @@ class _ChunkReader:
         return faiss.read_index(faiss.BufferedIOReader(reader, CHUNK_BYTES))
 
     def _chunk(self, file: str, number: int) -> memoryview:
-        if self._stopped.is_set():
-            raise CorruptArtefactError(f"{self._folder}: the rest is not wanted any more")
-        path, stored = f"{self._folder}/{file}", self._files[file]
-        start = number * CHUNK_BYTES
-        length = min(CHUNK_BYTES, stored.size_bytes - start)
-        try:
-            chunk = self._store.get_range(path, start, length)
-        except NotFoundError as error:
-            raise CorruptArtefactError(f"{path} is missing") from error
-        if len(chunk) != length or hashlib.sha256(chunk).hexdigest() != stored.chunk_sha256[number]:
+        chunk = np.empty(min(CHUNK_BYTES, self._files[file].size_bytes - number * CHUNK_BYTES), dtype=np.uint8)
+        self._fill(chunk, file, number)
+        return chunk.data
+
+    def _fill(self, target: NDArray[np.uint8], file: str, number: int) -> None:
+        """Reads a chunk to where it stays, a piece at a time, and verifies it."""
+        path, sha256 = f"{self._folder}/{file}", hashlib.sha256()
+        for start in range(0, len(target), _PIECE_BYTES):
+            if self._stopped.is_set():
+                raise CorruptArtefactError(f"{self._folder}: the rest is not wanted any more")
+            place = target[start : start + _PIECE_BYTES]
+            try:
+                piece = self._store.get_range(path, number * CHUNK_BYTES + start, len(place))
+            except NotFoundError as error:
+                raise CorruptArtefactError(f"{path} is missing") from error
+            if len(piece) != len(place):
+                raise CorruptArtefactError(f"{path}: it differs from its manifest (size or sha256)")
+            sha256.update(piece)
+            place[:] = np.frombuffer(piece, dtype=np.uint8)
+        if sha256.hexdigest() != self._files[file].chunk_sha256[number]:
             raise CorruptArtefactError(f"{path}: it differs from its manifest (size or sha256)")
-        return chunk
 
 
 class _ChunkSource:
