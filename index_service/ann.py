@@ -66,7 +66,9 @@ class AnnIndex:
     @property
     def size_bytes(self) -> int:
         """Memory of the index and its vectors."""
-        return self.num_items * self.dim * _BYTES_PER_FLOAT + (0 if self.base is None else index_size_bytes(self.base))
+        base_bytes = 0 if self.base is None else index_size_bytes(self.base)
+        lists_bytes = 0 if self.lists is None else self.lists.size_bytes
+        return self.num_items * self.dim * _BYTES_PER_FLOAT + base_bytes + lists_bytes
 
     @property
     def widest_k(self) -> int:

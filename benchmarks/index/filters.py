@@ -40,6 +40,7 @@ NUM_EXCLUDED = 50_000
 _NUM_QUERIES = 100
 _NUM_REGIONS = 10
 _EXCLUSION_ROUNDS = 10
+_TIMES = ("unfiltered_s", "fresh_s", "repeated_s", "exact_s")
 _NUDGE = 1e-9
 """Makes a bound, and with it a filter, that was never seen before."""
 
@@ -126,7 +127,7 @@ def _filtered(index: ShardIndex, queries: NDArray[np.float32], kind: str, select
 
 
 def _excluded(index: ShardIndex, queries: NDArray[np.float32]) -> dict[str, Any]:
-    """Excluded ids: to find their rows is most of the work, and it is shown beside the whole."""
+    """Excluded ids: to find their rows is most of the work, and its time is among the figures."""
     random = np.random.default_rng(3)
     num_excluded = min(NUM_EXCLUDED, index.num_items // 2)
     seconds: dict[str, list[float]] = {"unfiltered": [], "fresh": [], "lookup": []}
@@ -170,40 +171,20 @@ def _timed(seconds: list[float], work: Callable[..., Any], *arguments: Any) -> A
     return result
 
 
-def shown(figures: list[dict[str, Any]], index_types: list[str]) -> Table:
-    """The figures as a table."""
-    table = Table(title=f"Filters: dimension {DIM}, k {K}, one query at a time, one thread; {', '.join(index_types)}")
-    for name in (
-        "items",
-        "filter",
-        "allowed",
-        "recall",
-        "full",
-        "no filter µs",
-        "fresh µs",
-        "again µs",
-        "exact scan µs",
-        "fresh / none",
-        "again / none",
-        "target",
-    ):
-        table.add_column(name, justify="left" if name == "filter" else "right")
+def shown(figures: list[dict[str, Any]], index_type: str) -> Table:
+    """The figures of one index as a table, times in microseconds."""
+    table = Table(
+        title=f"{figures[0]['items']:,} items, dimension {DIM}, k {K}, {index_type}: µs of one query",
+        caption="new: a filter never seen before; exact: a scan of the matching rows",
+    )
+    for name in ("filter", "recall", "none", "new", "again", "exact", "new/none", "again/none", "target"):
+        table.add_column(name, justify="left" if name in ("filter", "target") else "right")
     for row in figures:
-        is_filter = "fresh_ratio" in row
-        table.add_row(
-            f"{row['items']:,}",
-            row["filter"],
-            f"{row['selectivity']:.1%}",
-            f"{row['recall']:.3f}",
-            "yes" if row["full"] else "no",
-            f"{row['unfiltered_s'] * 1e6:.0f}",
-            f"{row['fresh_s'] * 1e6:.0f}",
-            f"{row['repeated_s'] * 1e6:.0f}" if is_filter else f"({row['lookup_s'] * 1e6:.0f} to find)",
-            f"{row['exact_s'] * 1e6:.0f}" if is_filter else "",
-            f"{row['fresh_ratio']:.2f}" if is_filter else "",
-            f"{row['repeated_ratio']:.2f}" if is_filter else "",
-            "reached" if row["reached"] else "missed",
-        )
+        times = [f"{row[name] * 1e6:.0f}" if name in row else "" for name in _TIMES]
+        ratios = [f"{row[name]:.2f}" if name in row else "" for name in ("fresh_ratio", "repeated_ratio")]
+        filter_name = f"{row['filter']} {row['selectivity']:.1%}" if "fresh_ratio" in row else row["filter"]
+        target = "reached" if row["reached"] else "missed" if row["full"] else "not full"
+        table.add_row(filter_name, f"{row['recall']:.3f}", *times, *ratios, target)
     return table
 
 
@@ -214,13 +195,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{NUM_ITEMS_QUICK[0]:,} items only")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
-    figures, index_types = [], []
+    figures: list[dict[str, Any]] = []
+    index_types: list[str] = []
     for num_items in sizes[options.quick]:
         items, queries = clustered(num_items, DIM, _NUM_QUERIES)
         index = indexed(items)
         index_types.append(index.manifest.index_type)
-        figures += measure(index, queries)
-    Console().print(shown(figures, index_types))
+        measured = measure(index, queries)
+        Console().print(shown(measured, index.manifest.index_type))
+        figures += measured
     if options.json:
         options.json.write_text(json.dumps({"index_types": index_types, "figures": figures}, indent=2) + "\n")
 

@@ -10,4 +10,4 @@ def test_the_benchmark_of_filters_finds_all_on_an_exact_index():
     figures = measure(index, queries)
     assert [row["filter"] for row in figures] == ["spread", "region"] * len(SELECTIVITIES) + ["1,500 excluded ids"]
     assert all(row["recall"] == 1.0 and row["full"] for row in figures)
-    assert shown(figures, [index.manifest.index_type]).row_count == len(figures)
+    assert shown(figures, index.manifest.index_type).row_count == len(figures)
