@@ -31,6 +31,7 @@ _Value = TypeVar("_Value")
 _UNKNOWN = object()
 _MOST_SCANNED = 8192
 """Of the newest items: they are scanned by every search and copied by every update."""
+_TYPICAL_K = 100
 _SMALLEST_REBUILD = 10_000
 """Changed items below which a rebuild is not worth its process."""
 _REBUILD_PAUSE_S = 120.0
@@ -304,13 +305,13 @@ class LiveIndex:
         patches = view.patches
         if len(patched_rows):
             patches = patches.on_top(Patches(patched_rows, upserts.filter(pa.array(keeps[0])), self._filterable))
-        alive = view.alive - RowSet.of_rows(np.setdiff1d(in_base, patched_rows), base.num_items)
-        sealed_alive = view.sealed_alive - RowSet.of_rows(in_sealed, sealed_part.num_items)
+        alive = _without(view.alive, np.setdiff1d(in_base, patched_rows))
+        sealed_alive = _without(view.sealed_alive, in_sealed)
         if newest.num_items > _MOST_SCANNED:
             sealed_part = sealed(base.ann, sealed_part, sealed_alive, newest)
             sealed_alive = RowSet.everything(sealed_part.num_items)
             newest = Segment.empty(view.dim, self._filterable)
-        self.view = replace(
+        following = replace(
             view,
             catalogue_version=changes.catalogue_version,
             alive=alive,
@@ -320,6 +321,9 @@ class LiveIndex:
             newest=newest,
             quarantined_ids=view.quarantined_ids.difference(changed_ids).union(embedded.quarantined),
         )
+        # The first search of a view makes what the others reuse: counts of what is alive in each list.
+        following.search(np.eye(1, view.dim, dtype=np.float32), _TYPICAL_K)
+        self.view = following
 
     def _embedded(self, items: pa.Table) -> EmbeddedItems:
         if items.num_rows == 0:
@@ -361,6 +365,11 @@ class _Found:
         if name not in self.source.attributes.names and not is_absent:
             return [_UNKNOWN] * len(items)
         return values_of(self.source.attributes, name, self.rows[items])
+
+
+def _without(alive: RowSet, rows: NDArray[np.int64]) -> RowSet:
+    """The same set, with all that it has been asked before, where nothing goes."""
+    return alive - RowSet.of_rows(rows, alive.num_rows) if len(rows) else alive
 
 
 def _alive_rows(alive: RowSet, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -94,6 +94,11 @@ class Shard:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
+    def cpu_s(self) -> float:
+        """Seconds of processor time that the process has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def num_builds(self) -> int:
         """Indexes that its log says were built."""
         return self._log.read_text(errors="replace").count("builds checkpoint")
@@ -262,11 +267,13 @@ def measure(num_items: int, seconds: float, quiet_s: float, folder: Path) -> dic
         with subprocess.Popen([sys.executable, "-m", "benchmarks.index.update_load", *arguments]) as load:
             ended.callback(load.kill)
             with Searching(shards, queries) as busy:
+                used_s = sum(shard.cpu_s() for shard in shards)
                 ends_s = time.monotonic() + seconds
                 while time.monotonic() < ends_s:
                     started_s = time.monotonic()
                     delays_s.append(visible_after_s(shards, looks, len(delays_s)))
                     time.sleep(max(0.0, started_s + _PROBE_INTERVAL_S - time.monotonic()))
+                used_s = sum(shard.cpu_s() for shard in shards) - used_s
                 statuses = [shard.status() for shard in shards]
                 num_commits = catalogue.num_unfolded() - commits_before
             shards[0].kill()
@@ -299,6 +306,7 @@ def measure(num_items: int, seconds: float, quiet_s: float, folder: Path) -> dic
         "acknowledged_ms_p99": float(np.percentile(written["latencies_s"], 99) * 1e3),
         "commits": num_commits,
         "rebuilds": num_builds,
+        "shards_cpu": used_s / seconds,
         "delta_items": [status.num_delta_items for status in statuses],
         "tombstones": [status.num_tombstones for status in statuses],
         "visible_s_p50": float(np.percentile(delays_s, 50)),
@@ -353,6 +361,7 @@ def _print(figures: dict[str, Any]) -> None:
     add("acknowledged after, p50", f"{figures['acknowledged_ms_p50']:.0f} ms")
     add("acknowledged after, p99", f"{figures['acknowledged_ms_p99']:.0f} ms")
     add("commits", f"{figures['commits']:,}")
+    add("processors used by the shards", f"{figures['shards_cpu']:.2f}")
     add("indexes rebuilt meanwhile", f"{figures['rebuilds']}")
     add("found after the answer, p50", f"{figures['visible_s_p50'] * 1e3:.0f} ms")
     visible = f"{figures['visible_s_p99'] * 1e3:.0f} ms"
