@@ -70,14 +70,6 @@ class AnnIndex:
         lists_bytes = 0 if self.lists is None else self.lists.size_bytes
         return self.num_items * self.dim * _BYTES_PER_FLOAT + base_bytes + lists_bytes
 
-    @property
-    def widest_k(self) -> int:
-        """The `effort_k` from which a search looks as widely as this index can; growing it further changes nothing."""
-        if not self._knobs:
-            return 1
-        k, knobs = self._knobs[-1]
-        return max([k, *(-(-k * limit // knobs[name]) for name, limit in self._limits.items() if name in knobs)])
-
     @cached_property
     def lists(self) -> Lists | None:
         """The lists of an IVF index whose rows are numbered list by list; None for any other."""

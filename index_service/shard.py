@@ -5,7 +5,6 @@ Deliberately does not know gRPC, the object store, or which other versions are l
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,11 +70,6 @@ class ShardIndex:
         """Memory of the index, its vectors, ids and attributes."""
         return self.ann.size_bytes + self.attributes.size_bytes + self.ids.size_bytes
 
-    @property
-    def attribute_names(self) -> tuple[str, ...]:
-        """Attributes that can be asked for: strings, numbers, booleans, moments and lists of strings or numbers."""
-        return self.attributes.names
-
     def search(
         self,
         embeddings: NDArray[np.float32],
@@ -136,11 +130,3 @@ class ShardIndex:
     def packed_ids(self, rows: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
         """UTF-8 ids of rows, one after another without a separator, and `[H]` the size of each in bytes."""
         return self.ids.packed(rows)
-
-    def attribute_values(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
-        """One attribute of rows, None where an item has none.
-
-        Raises:
-            InvalidInputError: there is no such attribute.
-        """
-        return self.attributes.values(name, rows)

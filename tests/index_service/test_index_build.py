@@ -49,7 +49,7 @@ def test_shards_hold_all_items_once_with_the_embeddings_of_the_tower(world):
         assert manifest.num_items == index.num_items > 0
         assert manifest.golden_difference < 1e-5
         hits = index.search(query.astype(np.float32), 50)
-        ids = index.attribute_values("title", hits.rows)
+        ids = index.attributes.values("title", hits.rows)
         assert all(shard_of(title.removeprefix("Title "), 3) == shard for title in ids)
         found |= dict(zip(ids, hits.scores.tolist(), strict=True))
     exact = (model.item_embeddings(model.item_ids) @ query[0]).tolist()

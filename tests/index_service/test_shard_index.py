@@ -123,7 +123,7 @@ def test_empty_shard():
     hits = index.search(unit_vectors(3, 8), 10, None, ["1"])
     assert hits.counts.tolist() == [0, 0, 0]
     assert index.packed_ids(hits.rows)[0] == b""
-    assert index.attribute_values("title", hits.rows) == []
+    assert index.attributes.values("title", hits.rows) == []
     assert index.search(unit_vectors(3, 8), 10, Exists("title")).counts.tolist() == [0, 0, 0]
 
 
@@ -156,13 +156,13 @@ def test_attributes_of_rows():
         "raw": pa.array([b"1", b"2", b"3"]),
     }
     index = small_index(unit_vectors(3, 4), ["0", "1", "2"], attributes=attributes)
-    assert index.attribute_names == ("title", "year", "price", "added", "genres")
+    assert index.attributes.names == ("title", "year", "price", "added", "genres")
     rows = np.array([index.rows_of([item_id])[0] for item_id in ("2", "0", "1", "0")])
-    assert index.attribute_values("title", rows) == ["ü", "a", None, "a"]
-    assert index.attribute_values("genres", rows) == [None, ["x", "y"], [], ["x", "y"]]
-    assert index.attribute_values("added", rows) == [moment, moment, None, moment]
+    assert index.attributes.values("title", rows) == ["ü", "a", None, "a"]
+    assert index.attributes.values("genres", rows) == [None, ["x", "y"], [], ["x", "y"]]
+    assert index.attributes.values("added", rows) == [moment, moment, None, moment]
     with pytest.raises(InvalidInputError, match=r"unknown attribute 'raw'; known: \['added', 'genres', 'price'"):
-        index.attribute_values("raw", rows)
+        index.attributes.values("raw", rows)
 
 
 @pytest.mark.parametrize("exact_below", [0, 1_000_000])
