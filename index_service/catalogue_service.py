@@ -23,7 +23,7 @@ MAX_ITEMS = 10_000
 MAX_WAITING_ITEMS = 200_000
 """Of all calls that wait to be committed."""
 _MAX_COMMITTED_ITEMS = 50_000
-_COMMIT_INTERVAL_S = 0.05
+_COMMIT_INTERVAL_S = 0.1
 """From the start of one commit to the next: each costs every reader two small reads."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]

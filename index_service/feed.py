@@ -28,6 +28,8 @@ class Changes:
     upserts: pa.Table
     """`item_id`, unique, and all attributes that the items have now."""
     deleted_ids: tuple[str, ...]
+    num_commits: int = 1
+    """Of the log, in which they were written."""
 
 
 class ChangeFeed:
@@ -67,7 +69,7 @@ class ChangeFeed:
             commits = [self._commits[number] for number in span.numbers]
             self._forget()
         upserts, deletes = last_states([commit.rows for commit in commits])
-        return Changes(span.version, upserts, tuple(deletes.to_pylist()))
+        return Changes(span.version, upserts, tuple(deletes.to_pylist()), len(commits))
 
     def _forget(self) -> None:
         """Keeps the newest commits."""

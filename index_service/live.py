@@ -34,6 +34,8 @@ _MOST_SCANNED = 8192
 _TYPICAL_K = 100
 _SMALLEST_REBUILD = 10_000
 """Changed items below which a rebuild is not worth its process."""
+_MOST_COMMITS = 20_000
+"""That a restart reads to catch up: seconds, however few items they changed."""
 _REBUILD_PAUSE_S = 120.0
 """From one index to its successor: under a storm of changes one build would follow another, and win nothing, because
 what is sealed is searched as fast as what is built."""
@@ -57,6 +59,8 @@ class LiveView:
     newest: Segment
     quarantined_ids: frozenset[str] = field(default_factory=frozenset)
     """Items that an update could not embed."""
+    num_commits: int = 0
+    """Of the catalogue's log, between the built index and this state."""
 
     @property
     def checkpoint_version(self) -> int:
@@ -265,6 +269,8 @@ class LiveIndex:
         """
         if time.monotonic() < self._loaded_s + _REBUILD_PAUSE_S:
             return False
+        if self.view.num_commits >= _MOST_COMMITS:
+            return True
         num_changed = max(self.view.num_new_items, self.view.num_tombstones)
         return num_changed >= max(share * self.base.num_items, _SMALLEST_REBUILD)
 
@@ -279,8 +285,9 @@ class LiveIndex:
         """
         view = self.view
         upserts = changes.upserts
+        num_commits = view.num_commits + changes.num_commits
         if upserts.num_rows == 0 and not changes.deleted_ids:
-            self.view = replace(view, catalogue_version=changes.catalogue_version)
+            self.view = replace(view, catalogue_version=changes.catalogue_version, num_commits=num_commits)
             return
         base, sealed_part, newest = view.base, view.sealed, view.newest
         ids: list[str] = upserts[ITEM_ID].to_pylist()
@@ -320,6 +327,7 @@ class LiveIndex:
             sealed_alive=sealed_alive,
             newest=newest,
             quarantined_ids=view.quarantined_ids.difference(changed_ids).union(embedded.quarantined),
+            num_commits=num_commits,
         )
         # The first search of a view makes what the others reuse: counts of what is alive in each list.
         following.search(np.eye(1, view.dim, dtype=np.float32), _TYPICAL_K)

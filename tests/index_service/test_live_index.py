@@ -1,6 +1,7 @@
 """A live index against a dictionary and exact search, over any sequence of changes."""
 
 import functools
+from dataclasses import replace
 from datetime import UTC, datetime
 from unittest import mock
 
@@ -292,6 +293,10 @@ def test_a_delta_much_larger_than_the_index_asks_for_a_rebuild(monkeypatch):
     live.apply(changes_of("0.3", {"item2": {"vector": 11}}))
     assert live.needs_rebuild(0.1)
     assert not live.needs_rebuild(0.5)
+    monkeypatch.setattr("index_service.live._MOST_COMMITS", 3)
+    assert not live.needs_rebuild(0.5)
+    live.apply(replace(changes_of("0.4", {}), num_commits=1))
+    assert live.needs_rebuild(0.5), "a restart would have too long a log to read"
     monkeypatch.setattr("index_service.live._REBUILD_PAUSE_S", 3600)
     assert not live.needs_rebuild(0.1), "so soon after the last one"
 
