@@ -73,6 +73,8 @@ class LoadStatus:
     """How the index is searched, by rising k."""
     target_recall: float = 0.0
     """Recall that the build was to reach."""
+    target_k: int = 0
+    """At this k."""
     measured_with: str = ""
     """What the recall was measured with."""
     item_similarity: float = 0.0

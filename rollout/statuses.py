@@ -118,6 +118,7 @@ class StatusCollector:
                     for setting in status.search_settings
                 ),
                 target_recall=status.target_recall,
+                target_k=status.target_k,
                 measured_with=status.measured_with,
                 item_similarity=status.item_similarity,
                 score_mean=status.score_mean,

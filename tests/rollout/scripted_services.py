@@ -83,6 +83,7 @@ class _Shard(index_service_pb2_grpc.IndexServiceServicer):
                         index_service_pb2.SearchSetting(**asdict(setting)) for setting in load.search_settings
                     ],
                     target_recall=load.target_recall,
+                    target_k=load.target_k,
                     measured_with=load.measured_with,
                     item_similarity=load.item_similarity,
                     score_mean=load.score_mean,

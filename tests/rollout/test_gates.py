@@ -201,6 +201,10 @@ def ivf(*recalls: float, **fields: Any) -> LoadStatus:
             REFUSE,
             "0.500 at k=10 with validation queries, on shard 1/2",
         ),
+        # At the k that the target is for, where the shard says which.
+        (fleet(ivf(0.9, 0.96, 0.9, target_k=100)), PASS, "0.960 at k=100"),
+        (fleet(ivf(0.97, 0.93, 0.97, target_k=100)), REFUSE, "0.930 at k=100"),
+        (fleet(ivf(0.97, 0.93, target_k=50)), REFUSE, "0.930 at k=100"),
         # Each against its own target.
         (with_shard(fleet(ivf(0.96)), shard(1, ivf(0.9, target_recall=0.5))), PASS, "0.960 at k=10"),
         (BOTH, PASS, "1.000: the search is exact"),

@@ -38,6 +38,7 @@ def test_all_of_a_shards_answer_arrives(state: State) -> None:
         is_from_store=True,
         search_settings=(SearchSetting(10, "nprobe=4", 0.97, 1e-4), SearchSetting(100, "nprobe=8", 0.96, 2e-4)),
         target_recall=0.95,
+        target_k=100,
         measured_with="validation queries",
         item_similarity=0.1,
         score_mean=0.2,

@@ -249,6 +249,7 @@ class VersionStatus(_message.Message):
     ITEM_SIMILARITY_FIELD_NUMBER: _builtins.int
     SCORE_MEAN_FIELD_NUMBER: _builtins.int
     SCORE_DEVIATION_FIELD_NUMBER: _builtins.int
+    TARGET_K_FIELD_NUMBER: _builtins.int
     checkpoint_version: _builtins.int
     """The checkpoint version."""
     state: Global___VersionState.ValueType
@@ -291,6 +292,10 @@ class VersionStatus(_message.Message):
     """Mean and standard deviation of the scores of sampled queries with sampled items."""
     score_deviation: _builtins.float
     """See score_mean."""
+    target_k: _builtins.int
+    """The k that target_recall is for; searches for more or fewer items are tuned as near to it as the
+    index allows.
+    """
     @_builtins.property
     def search_settings(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchSetting]:
         """How the index is searched, by rising k, and what that was measured to give."""
@@ -319,10 +324,11 @@ class VersionStatus(_message.Message):
         item_similarity: _builtins.float = ...,
         score_mean: _builtins.float = ...,
         score_deviation: _builtins.float = ...,
+        target_k: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["built_catalogue_version", b"built_catalogue_version", "catalogue_version", b"catalogue_version", "checkpoint_version", b"checkpoint_version", "golden_difference", b"golden_difference", "index_type", b"index_type", "is_corrupt", b"is_corrupt", "item_similarity", b"item_similarity", "loaded_from_store", b"loaded_from_store", "measured_with", b"measured_with", "num_delta_items", b"num_delta_items", "num_items", b"num_items", "num_quarantined", b"num_quarantined", "num_tombstones", b"num_tombstones", "progress", b"progress", "reason", b"reason", "score_deviation", b"score_deviation", "score_mean", b"score_mean", "search_settings", b"search_settings", "size_bytes", b"size_bytes", "state", b"state", "target_recall", b"target_recall"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["built_catalogue_version", b"built_catalogue_version", "catalogue_version", b"catalogue_version", "checkpoint_version", b"checkpoint_version", "golden_difference", b"golden_difference", "index_type", b"index_type", "is_corrupt", b"is_corrupt", "item_similarity", b"item_similarity", "loaded_from_store", b"loaded_from_store", "measured_with", b"measured_with", "num_delta_items", b"num_delta_items", "num_items", b"num_items", "num_quarantined", b"num_quarantined", "num_tombstones", b"num_tombstones", "progress", b"progress", "reason", b"reason", "score_deviation", b"score_deviation", "score_mean", b"score_mean", "search_settings", b"search_settings", "size_bytes", b"size_bytes", "state", b"state", "target_k", b"target_k", "target_recall", b"target_recall"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
