@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from index_service.filters import AllMet, AnyMet, Condition, Exists, NotMet, OneOf, Range, Value
-from index_service.row_set import RowSet
+from index_service.row_set import RowSet, distinct
 from towers.errors import InvalidInputError
 
 _MAX_REMEMBERED = 64
@@ -247,7 +247,7 @@ class _Column:
             mask[rows] = True
             return RowSet(mask)
         if self._is_list:
-            rows = np.unique(rows)
+            rows = distinct(rows)
         elif len(intervals) != 1 or intervals[0][1] - intervals[0][0] != 1:
             rows = np.sort(rows)
         return RowSet.of_rows(rows, self._num_rows)

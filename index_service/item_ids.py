@@ -4,13 +4,41 @@ Deliberately does not know what the rows hold.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
-from index_service.row_set import joined_ranges
+from index_service.row_set import distinct, joined_ranges
+
+
+class WantedIds:
+    """Ids that are looked for, perhaps in several indexes: hashed once."""
+
+    def __init__(self, item_ids: Sequence[str]) -> None:
+        self._item_ids = item_ids
+
+    @cached_property
+    def utf8(self) -> pa.Array:
+        """`[W]`"""
+        return pa.array(self._item_ids, pa.large_string()).cast(pa.large_binary())
+
+    @cached_property
+    def sorted_hashes(self) -> NDArray[np.uint64]:
+        """`[W]`, rising: neighbours are looked for in neighbouring memory."""
+        return self._hashes[self.order]
+
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """`[W]` which id each of the sorted hashes belongs to."""
+        return np.argsort(self._hashes)
+
+    @cached_property
+    def _hashes(self) -> NDArray[np.uint64]:
+        return hashes_of(self._item_ids)
 
 
 class ItemIds:
@@ -22,7 +50,8 @@ class ItemIds:
         self._by_hash = np.argsort(hashes, kind="stable").astype(np.int32)  # [N]
         self._sorted_hashes = hashes[self._by_hash]  # [N], rising
         # Plain buffers and not one object an item: a load must not hold the interpreter from the searches beside it.
-        self._offsets, self._utf8 = _buffers(pa.concat_arrays(ids.cast(pa.large_binary()).chunks or [_NO_IDS]))
+        self._ids = pa.concat_arrays(ids.cast(pa.large_binary()).chunks or [_NO_IDS])
+        self._offsets, self._utf8 = _buffers(self._ids)
 
     @property
     def size_bytes(self) -> int:
@@ -32,24 +61,27 @@ class ItemIds:
 
     def rows_of(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Rows of those ids that are there, each once, rising."""
-        wanted = [item_id.encode() for item_id in item_ids]
-        hashes = _hashes(wanted)
-        order = np.argsort(hashes)  # Neighbours are looked for in neighbouring memory.
-        # [first, end) holds one row where the id is there, none where not, and more only where hashes collide.
-        firsts = np.searchsorted(self._sorted_hashes, hashes[order])
-        ends = np.searchsorted(self._sorted_hashes, hashes[order], side="right")
-        rows: NDArray[np.int64] = self._by_hash[joined_ranges(firsts, ends)].astype(np.int64)
-        positions = np.repeat(order, ends - firsts)
-        sizes = np.fromiter(map(len, wanted), dtype=np.int64, count=len(wanted))[positions]
-        starts = self._offsets[rows]
-        has_size = self._offsets[rows + 1] - starts == sizes
-        rows, positions, sizes, starts = rows[has_size], positions[has_size], sizes[has_size], starts[has_size]
-        if len(rows) == 0:
-            return rows
-        found = self._utf8[joined_ranges(starts, starts + sizes)]
-        expected = np.frombuffer(b"".join([wanted[position] for position in positions.tolist()]), dtype=np.uint8)
-        is_same: NDArray[np.bool_] = np.logical_and.reduceat(found == expected, np.cumsum(sizes) - sizes)
-        return np.unique(rows[is_same])
+        return self.find(WantedIds(item_ids))
+
+    def find(self, wanted: WantedIds) -> NDArray[np.int64]:
+        """Rows of those ids that are there, each once, rising."""
+        num = len(self._sorted_hashes)
+        if num == 0:
+            return np.empty(0, dtype=np.int64)
+        places = np.searchsorted(self._sorted_hashes, wanted.sorted_hashes)  # [W]
+        positions = np.arange(len(places))
+        found = []
+        # Once, unless ids of this index share a hash: the others are then the next ones.
+        while len(places):
+            is_alike = self._sorted_hashes[np.minimum(places, num - 1)] == wanted.sorted_hashes[positions]
+            is_alike &= places < num
+            places, positions = places[is_alike], positions[is_alike]
+            rows = self._by_hash[places].astype(np.int64)
+            is_same = pc.equal(self._ids.take(pa.array(rows)), wanted.utf8.take(pa.array(wanted.order[positions])))
+            is_same = is_same.to_numpy(zero_copy_only=False)
+            found.append(rows[is_same])
+            places, positions = places[~is_same] + 1, positions[~is_same]
+        return distinct(np.concatenate([np.empty(0, dtype=np.int64), *found]))
 
     def packed(self, rows: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
         """UTF-8 ids of rows, one after another without a separator, and `[H]` the size of each in bytes."""
@@ -65,14 +97,10 @@ class ItemIds:
 
 def hashes_of(item_ids: Iterable[str]) -> NDArray[np.uint64]:
     """xxh3_64 of each id."""
-    return _hashes([item_id.encode() for item_id in item_ids])
+    return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, map(str.encode, item_ids))), dtype=">u8").astype(np.uint64)
 
 
 _NO_IDS = pa.array([], pa.large_binary())
-
-
-def _hashes(utf8: Sequence[bytes]) -> NDArray[np.uint64]:
-    return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, utf8)), dtype=">u8").astype(np.uint64)
 
 
 def _buffers(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:

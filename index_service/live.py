@@ -20,6 +20,7 @@ from index_service.delta import Patches, PatchStack, Segment, sealed, values_of
 from index_service.embed import EmbeddedItems, embed_items
 from index_service.feed import Changes
 from index_service.filters import Condition
+from index_service.item_ids import WantedIds
 from index_service.planner import search_allowed
 from index_service.row_set import RowSet
 from index_service.shard import Hits, ShardIndex
@@ -130,8 +131,9 @@ class LiveView:
             for level in self.patches.levels:
                 matching = level.patched(matching, condition)
             allowed &= matching
+        excluded = WantedIds(excluded_item_ids)
         if excluded_item_ids:
-            allowed -= RowSet.of_rows(self.base.rows_of(excluded_item_ids), self.base.num_items)
+            allowed -= RowSet.of_rows(self.base.ids.find(excluded), self.base.num_items)
         found = [self.base.search_rows(embeddings, k, allowed)]
         embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
         for segment, alive, first_row in self._segments:
@@ -139,7 +141,7 @@ class LiveView:
                 continue
             allowed = alive if condition is None else alive & segment.attributes.matching(condition)
             if excluded_item_ids:
-                allowed -= RowSet.of_rows(segment.ids.rows_of(excluded_item_ids), segment.num_items)
+                allowed -= RowSet.of_rows(segment.ids.find(excluded), segment.num_items)
             scores, rows = search_allowed(segment.ann, embeddings, k, allowed)  # [B, K], [B, K]
             found.append(Hits(np.full(len(rows), rows.shape[1]), scores.ravel(), rows.ravel() + first_row))
         return _best(found, k)

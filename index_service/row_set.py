@@ -61,7 +61,7 @@ class RowSet:
 
     def __or__(self, other: "RowSet") -> "RowSet":
         if self.has_few_rows and other.has_few_rows:
-            return RowSet.of_rows(np.union1d(self.rows, other.rows), self.num_rows)
+            return RowSet.of_rows(distinct(np.concatenate((self.rows, other.rows))), self.num_rows)
         return RowSet.of_words(self.words | other.words, self.num_rows)
 
     def __invert__(self) -> "RowSet":
@@ -158,6 +158,12 @@ class RowSet:
         mask = np.zeros(self.num_rows, dtype=bool)
         mask[self.rows] = True
         return RowSet(mask).words
+
+
+def distinct(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rising, each once. `np.unique` counts in a hash table, many times slower for rows that are nearly sorted."""
+    rows = np.sort(rows)
+    return rows[np.append(True, rows[1:] != rows[:-1])] if len(rows) else rows
 
 
 def joined_ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
