@@ -53,7 +53,7 @@ _ENCODINGS = ("SQ8", "Flat")
 _SCORE_TOLERANCE = 1e-6
 _EMBEDDING_SHARE = 0.8
 """Of the whole work; the rest is clustering, measuring and writing."""
-_NICENESS = 10
+_NICENESS = 19
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger(__name__)
