@@ -52,6 +52,20 @@ def index(
             help="Attributes that filters may name: genres,year. [env var: TWOTOWER_FILTERABLE]", metavar="NAMES"
         ),
     ] = None,
+    target_recall: Annotated[
+        float | None,
+        typer.Option(
+            help="Recall that an index must reach; the fastest that does is built. [env var: TWOTOWER_TARGET_RECALL]",
+            metavar="SHARE",
+        ),
+    ] = None,
+    index_type: Annotated[
+        str | None,
+        typer.Option(
+            help="Pins the kind of index, a FAISS factory string: IVF1024,SQ8. [env var: TWOTOWER_INDEX_TYPE]",
+            metavar="TYPE",
+        ),
+    ] = None,
     exact_below: Annotated[
         int | None,
         typer.Option(
@@ -71,6 +85,8 @@ def index(
         "address": address,
         "store": store,
         "filterable": filterable,
+        "target_recall": target_recall,
+        "index_type": index_type,
         "exact_below": exact_below,
         "poll_interval_s": poll_interval_s,
         "reflection": reflection,

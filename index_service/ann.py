@@ -19,9 +19,9 @@ from towers.errors import InvalidInputError
 _REFINED = re.compile(r"(.+),(?:RFlat|Refine\(Flat\))")
 _BYTES_PER_FLOAT = 4
 _BYTES_PER_ID = 8
-_NPROBE = "nprobe"
-_EF_SEARCH = "efSearch"
-_K_FACTOR = "k_factor_rf"
+NPROBE = "nprobe"
+EF_SEARCH = "efSearch"
+K_FACTOR = "k_factor_rf"
 
 Knobs = dict[str, int]
 """Values of search parameters by FAISS's names."""
@@ -78,8 +78,8 @@ class AnnIndex:
 
     def num_scanned(self, k: int) -> int:
         """How many rows a search for k looks at, on average; all where there are no lists to choose from."""
-        nprobe = self._effort(k).get(_NPROBE)
-        return self.num_items if nprobe is None else -(-nprobe * self.num_items // self._limits[_NPROBE])
+        nprobe = self._effort(k).get(NPROBE)
+        return self.num_items if nprobe is None else -(-nprobe * self.num_items // self._limits[NPROBE])
 
     def search(
         self, embeddings: NDArray[np.float32], k: int, effort_k: int | None = None, selector: Any = None
@@ -101,6 +101,22 @@ class AnnIndex:
         effort = k if effort_k is None else max(k, effort_k)
         parameters = self._parameters(effort, selector)
         return self._index.search(embeddings, k, params=parameters)  # type: ignore[no-any-return]
+
+    def search_at(
+        self, knobs: Knobs, embeddings: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Like `search`, but with these search parameters and not with those of the plan."""
+        return self._index.search(embeddings, k, params=_parameters(self._index, knobs, None))  # type: ignore[no-any-return]
+
+    @property
+    def limits(self) -> Knobs:
+        """The search parameters that widen a search, and from where on that changes nothing."""
+        return self._limits
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether the best `k_factor_rf` times k rows of the base are scored again with the exact vectors."""
+        return isinstance(self._index, faiss.IndexRefine)
 
     def search_exactly(
         self, embeddings: NDArray[np.float32], k: int, rows: NDArray[np.int64] | None = None
@@ -272,9 +288,9 @@ def _limits(index: Any) -> Knobs:
     """What each knob that widens a search can reach at most."""
     inner = _innermost(index)
     if isinstance(inner, faiss.IndexIVF):
-        return {_NPROBE: inner.nlist}
+        return {NPROBE: inner.nlist}
     if isinstance(inner, faiss.IndexHNSW):
-        return {_EF_SEARCH: max(1, inner.ntotal)}
+        return {EF_SEARCH: max(1, inner.ntotal)}
     return {}
 
 
@@ -286,14 +302,14 @@ def _parameters(index: Any, knobs: Knobs, selector: Any) -> Any:
     chosen: dict[str, Any] = {} if selector is None else {"sel": selector}
     if isinstance(index, faiss.IndexRefine):
         inner = _parameters(faiss.downcast_index(index.base_index), knobs, selector)
-        return faiss.IndexRefineSearchParameters(k_factor=knobs.get(_K_FACTOR, 1), base_index_params=inner)
+        return faiss.IndexRefineSearchParameters(k_factor=knobs.get(K_FACTOR, 1), base_index_params=inner)
     if isinstance(index, faiss.IndexPreTransform):
         inner = _parameters(faiss.downcast_index(index.index), knobs, selector)
         return faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexIVF):
-        return faiss.SearchParametersIVF(nprobe=knobs.get(_NPROBE, index.nlist), **chosen)
+        return faiss.SearchParametersIVF(nprobe=knobs.get(NPROBE, index.nlist), **chosen)
     if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=knobs.get(_EF_SEARCH, index.ntotal), **chosen)
+        return faiss.SearchParametersHNSW(efSearch=knobs.get(EF_SEARCH, index.ntotal), **chosen)
     return faiss.SearchParameters(**chosen) if chosen else None
 
 

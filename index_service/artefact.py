@@ -41,7 +41,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from index_service.ann import AnnIndex, exact_index_of_size, stored_part, vectors_of
 from index_service.claim import BuildClaim
-from index_service.plan import EXACT, IndexPlan
+from index_service.plan import EXACT, IndexPlan, TuningGoal
 from towers.catalogue import ITEM_ID
 from towers.checkpoint import Manifest
 from towers.errors import CorruptArtefactError, NotFoundError, TwoTowerError
@@ -56,8 +56,6 @@ FIRST_REVISION = 1
 CHUNK_BYTES = 8 * 2**20
 NUM_UNNAMED_KEPT = 2
 """Checkpoints that no deployment record names any longer and whose indexes stay all the same."""
-VALIDATION_QUERIES = "validation queries"
-ITEM_VECTORS = "item vectors"
 _CLAIM = "claim"
 """Folder of the claim; a catalogue's folder begins with a "v"."""
 _PIECE_BYTES = 2 * 2**20
@@ -99,8 +97,8 @@ class ArtefactManifest(BaseModel):
     num_items: int = Field(ge=0)
     num_quarantined: int
     plan: IndexPlan
-    target_recall: float
-    """What the search settings were to reach."""
+    goal: TuningGoal
+    """What the plan was to reach."""
     measured_with: Literal["validation queries", "item vectors"]
     """What the recall was measured with."""
     item_similarity: float
@@ -234,6 +232,19 @@ class ArtefactStore:
         try:
             return self._read(manifest, folder, stopped or threading.Event())
         except (RuntimeError, ValueError, KeyError, pa.ArrowException) as error:
+            raise CorruptArtefactError(f"{folder}: the stored index does not load: {error}") from error
+
+    def base(self, ref: ArtefactRef) -> Any:
+        """Reads the FAISS index of a stored index that is not exact, without its vectors and items.
+
+        Raises:
+            CorruptArtefactError: it is missing, differs from its digests, or does not load.
+        """
+        manifest = self.manifest(ref)
+        folder = f"{self._folder(ref.checkpoint_version, ref.catalogue_version)}/{manifest.build}"
+        try:
+            return _ChunkReader(self._store, folder, manifest.files, threading.Event()).read_index(INDEX)
+        except (RuntimeError, KeyError) as error:
             raise CorruptArtefactError(f"{folder}: the stored index does not load: {error}") from error
 
     def put(self, artefact: LoadedArtefact) -> ArtefactManifest:

@@ -7,17 +7,15 @@ JSON object a line, for the process that started it.
 import argparse
 import ctypes
 import logging
-import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import xxhash
@@ -27,7 +25,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from index_service.ann import AnnIndex, exact_index, in_order_of_lists
 from index_service.artefact import (
-    ITEM_VECTORS,
     ArtefactManifest,
     ArtefactStore,
     LoadedArtefact,
@@ -36,27 +33,34 @@ from index_service.artefact import (
 )
 from index_service.embed import EmbeddedItems, embed_items
 from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
-from index_service.plan import EXACT, IndexPlan, SearchSetting
+from index_service.plan import EXACT, IndexPlan, TuningGoal
+from index_service.recall import QuerySample, query_sample
+from index_service.tune import retuned, tuned
 from towers.catalogue import ITEM_ID, Catalogue, partition
 from towers.checkpoint import CheckpointStore, Manifest
 from towers.errors import ConflictError, CorruptArtefactError, InvalidInputError, TwoTowerError
 from towers.store import Store
 from towers.tower import Tower
 
-TARGET_RECALL = 0.95
-MEASURED_KS = (100, 1000)
-"""Recall is measured at these k, so that a search for more items probes more lists."""
-_NUM_SAMPLED = 256
-_LISTS_PER_ROOT = 4
-_TRAINING_VECTORS_PER_LIST = 39
-_ENCODINGS = ("SQ8", "Flat")
-_SCORE_TOLERANCE = 1e-6
-_EMBEDDING_SHARE = 0.8
-"""Of the whole work; the rest is clustering, measuring and writing."""
+_EMBEDDING_SHARE = 0.6
+"""Of the whole work; then comes the index, and at last the writing."""
+_INDEX_SHARE = 0.95
+_SIMILAR_SIZE = 1.5
+"""Up to this ratio between the numbers of items an earlier choice of index holds."""
 _NICENESS = 19
 _PR_SET_PDEATHSIG = 1
+_SCORED_ITEMS = 1000
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreviousIndex:
+    """An index that was built before, from the same checkpoint and for the same goal."""
+
+    base: Any
+    """FAISS's index."""
+    plan: IndexPlan
 
 
 def build(order: BuildOrder, report: Callable[[float], None]) -> ArtefactManifest:
@@ -75,7 +79,7 @@ def build(order: BuildOrder, report: Callable[[float], None]) -> ArtefactManifes
         TwoTowerError: the checkpoint, the catalogue or the store does not allow it; the message says why.
     """
     store = Store(order.store)
-    checkpoint, tower = _item_tower(store, order.checkpoint_version)
+    checkpoint, tower, validation_queries = _of_checkpoint(store, order.checkpoint_version)
     catalogue = Catalogue(store).read(order.catalogue_version)
     if catalogue.items.num_rows == 0:
         raise InvalidInputError("the catalogue has no items; load some: twotower catalog load items.parquet")
@@ -84,18 +88,48 @@ def build(order: BuildOrder, report: Callable[[float], None]) -> ArtefactManifes
         partition(catalogue.items, order.shard, order.num_shards),
         lambda share: report(share * _EMBEDDING_SHARE),
     )
-    artefact = artefact_of(order, checkpoint, tower.golden_difference, embedded)
-    manifest = ArtefactStore(store, order.shard, order.num_shards).put(artefact)
+    artefacts = ArtefactStore(store, order.shard, order.num_shards)
+    artefact = artefact_of(
+        order,
+        checkpoint,
+        tower.golden_difference,
+        embedded,
+        validation_queries,
+        previous_index(artefacts, order, checkpoint, embedded.items.num_rows),
+        lambda share: report(_EMBEDDING_SHARE + share * (_INDEX_SHARE - _EMBEDDING_SHARE)),
+    )
+    manifest = artefacts.put(artefact)
     report(1.0)
     return manifest
 
 
 def artefact_of(
-    order: BuildOrder, checkpoint: Manifest, golden_difference: float, embedded: EmbeddedItems
+    order: BuildOrder,
+    checkpoint: Manifest,
+    golden_difference: float,
+    embedded: EmbeddedItems,
+    validation_queries: NDArray[np.float32] | None = None,
+    previous: PreviousIndex | None = None,
+    report: Callable[[float], None] = lambda _: None,
 ) -> LoadedArtefact:
-    """Builds the index of embedded items, and all that belongs to it."""
+    """Builds the index of embedded items, and all that belongs to it.
+
+    Args:
+        order: What to build.
+        checkpoint: Whose towers made the embeddings.
+        golden_difference: Of the item tower on this machine.
+        embedded: The items.
+        validation_queries: `[V, D]` those of the checkpoint; None where it has none.
+        previous: An earlier index whose choice may hold; it is used up.
+        report: Told the share of the work that is done.
+
+    Raises:
+        InvalidInputError: nothing reaches the goal within its bounds.
+    """
     embedded, hashes = _in_order_of_hash(embedded)
-    ann, rows = in_order_of_lists(build_index(embedded.embeddings, order.exact_below))
+    queries = query_sample(embedded.embeddings, validation_queries)
+    score_mean, score_deviation = score_spread(queries, embedded.embeddings)
+    ann, rows = in_order_of_lists(built_ann(exact_index(embedded.embeddings), queries, order.goal, previous, report))
     manifest = ArtefactManifest(
         revision=order.revision,
         build=new_build(),
@@ -109,11 +143,11 @@ def artefact_of(
         num_items=embedded.items.num_rows,
         num_quarantined=len(embedded.quarantined),
         plan=ann.plan,
-        target_recall=TARGET_RECALL,
-        measured_with=ITEM_VECTORS,
-        item_similarity=0.0,
-        score_mean=0.0,
-        score_deviation=0.0,
+        goal=order.goal,
+        measured_with=queries.measured_with,
+        item_similarity=item_similarity(embedded.embeddings),
+        score_mean=score_mean,
+        score_deviation=score_deviation,
         golden_difference=golden_difference,
     )
     return LoadedArtefact(manifest, ann, embedded.items.take(pa.array(rows)), hashes[rows])
@@ -146,88 +180,82 @@ def embed_all(tower: Tower, items: pa.Table, report: Callable[[float], None]) ->
     return embedded
 
 
-def build_index(embeddings: NDArray[np.float32], exact_below: int) -> AnnIndex:
-    """Builds an exact index of fewer than `exact_below` vectors, an IVF index of more.
-
-    An IVF index stores 8 bits a component; where that cannot reach the target recall, it stores the floats.
-
-    Args:
-        embeddings: `[N, D]` unit vectors.
-        exact_below: Number of vectors from which the index is approximate.
-    """
-    num_items, dim = embeddings.shape
-    exact = exact_index(embeddings)
-    if num_items == 0 or num_items < exact_below:
-        return AnnIndex(IndexPlan(index_type=EXACT, settings=()), None, exact)
-    num_lists = max(1, min(int(_LISTS_PER_ROOT * math.sqrt(num_items)), num_items // _TRAINING_VECTORS_PER_LIST))
-    for encoding in _ENCODINGS:
-        index_type = f"IVF{num_lists},{encoding}"
-        index = faiss.index_factory(dim, index_type, faiss.METRIC_INNER_PRODUCT)
-        index.train(embeddings)
-        index.add(embeddings)
-        settings = measured_settings(index, embeddings)
-        if all(setting.recall >= TARGET_RECALL for setting in settings):
-            break
-        _log.warning("%s does not reach a recall of %s even when all lists are probed", index_type, TARGET_RECALL)
-    return AnnIndex(IndexPlan(index_type=index_type, settings=settings), index, exact)
-
-
-def measured_settings(index: Any, embeddings: NDArray[np.float32]) -> tuple[SearchSetting, ...]:
-    """The smallest powers of two of lists to probe that reach the target recall, all lists where none does.
-
-    Queries are a sample of the items, each without itself; a hit counts when its exact score is among the k best, so
-    that equal scores may come in any order.
+def built_ann(
+    exact: Any,
+    queries: QuerySample,
+    goal: TuningGoal,
+    previous: PreviousIndex | None,
+    report: Callable[[float], None],
+) -> AnnIndex:
+    """The index of these vectors: of the kind of the earlier one where that still reaches the goal, else newly chosen.
 
     Args:
-        index: An IVF index of the embeddings.
-        embeddings: `[N, D]`
+        exact: `IndexFlatIP` of the N items.
+        queries: What to measure with.
+        goal: What to reach.
+        previous: The index of the same checkpoint for an earlier state of the catalogue; it is used up.
+        report: Told the share of the work that is done.
+
+    Raises:
+        InvalidInputError: nothing reaches the goal within its bounds.
     """
-    num_items = len(embeddings)
-    random = np.random.default_rng(0)
-    sample = random.choice(num_items, size=min(_NUM_SAMPLED, num_items), replace=False)
-    queries = np.ascontiguousarray(embeddings[sample])  # [B, D]
-    settings: list[SearchSetting] = []
-    nprobe = 1
-    for wanted in MEASURED_KS:
-        k = min(wanted, num_items - 1)
-        if k < 1:
-            return (SearchSetting(k=wanted, parameters=f"nprobe={index.nlist}", recall=1.0, latency_s=0.0),)
-        exact_scores, exact_rows = faiss.knn(queries, embeddings, k + 1, metric=faiss.METRIC_INNER_PRODUCT)
-        exact_scores = np.where(exact_rows == sample[:, None], -np.inf, exact_scores)  # [B, K + 1]
-        kth_scores = -np.partition(-exact_scores, k - 1, axis=1)[:, k - 1]  # [B]
-        while True:
-            nprobe = min(nprobe, index.nlist)
-            parameters = faiss.SearchParametersIVF(nprobe=nprobe)
-            start = time.perf_counter()
-            _, rows = index.search(queries, k + 1, params=parameters)  # [B, K + 1]
-            latency_s = (time.perf_counter() - start) / len(queries)
-            recall = _recall(queries, embeddings, rows, sample, kth_scores, k)
-            if recall >= TARGET_RECALL or nprobe == index.nlist:
-                break
-            nprobe *= 2
-        settings.append(SearchSetting(k=wanted, parameters=f"nprobe={nprobe}", recall=recall, latency_s=latency_s))
-    return tuple(settings)
+    if previous is not None:
+        ann = retuned(previous.base, exact, queries, previous.plan, goal)
+        if ann is not None:
+            return ann
+        _log.info("%s does not reach the goal any more; the kind of index is chosen anew", previous.plan.index_type)
+    choice = tuned(exact, queries, goal, report)
+    for candidate in choice.candidates:
+        _log.info("%s: %s", candidate.index_type, candidate.verdict)
+    return choice.ann
 
 
-def _recall(
-    queries: NDArray[np.float32],
-    embeddings: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    sample: NDArray[np.int64],
-    kth_scores: NDArray[np.float32],
-    k: int,
-) -> float:
-    num_right = 0
-    for query, found, own_row, kth_score in zip(queries, rows, sample, kth_scores, strict=True):
-        others = found[(found >= 0) & (found != own_row)][:k]
-        num_right += int((embeddings[others] @ query >= kth_score - _SCORE_TOLERANCE).sum())
-    return num_right / (len(queries) * k)
+def previous_index(
+    artefacts: ArtefactStore, order: BuildOrder, checkpoint: Manifest, num_items: int
+) -> PreviousIndex | None:
+    """The newest stored index whose choice holds for these items too; None where there is none that can be read."""
+    fingerprint = checkpoint_fingerprint(checkpoint)
+    for ref in artefacts.refs(order.checkpoint_version):
+        try:
+            manifest = artefacts.manifest(ref)
+            is_similar = (
+                num_items <= _SIMILAR_SIZE * manifest.num_items and manifest.num_items <= _SIMILAR_SIZE * num_items
+            )
+            is_same = (manifest.checkpoint_fingerprint, manifest.goal) == (fingerprint, order.goal)
+            if is_same and is_similar and manifest.index_type != EXACT:
+                return PreviousIndex(artefacts.base(ref), manifest.plan)
+        except CorruptArtefactError as error:
+            _log.warning("an earlier index is not used: %s", error)
+    return None
 
 
-def _item_tower(store: Store, version: int) -> tuple[Manifest, Tower]:
+def item_similarity(vectors: NDArray[np.float32]) -> float:
+    """Mean cosine of all pairs of different items, `[N, D]` unit vectors; 0 where there are no pairs."""
+    num_items = len(vectors)
+    if num_items < 2:
+        return 0.0
+    total = vectors.sum(axis=0, dtype=np.float64)  # [D]
+    # The squared norm of the sum holds every pair twice and each item with itself.
+    return float((total @ total - np.square(vectors, dtype=np.float64).sum()) / (num_items * (num_items - 1)))
+
+
+def score_spread(queries: QuerySample, vectors: NDArray[np.float32]) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of the queries with sampled items; zeros where there are no items."""
+    rows = np.linspace(0, len(vectors) - 1, min(_SCORED_ITEMS, len(vectors))).astype(np.int64)
+    scores = queries.embeddings @ vectors[rows].T  # [Q, S]
+    is_other = np.ones(scores.shape, dtype=bool)
+    if queries.own_rows is not None:
+        is_other = queries.own_rows[:, None] != rows
+    others = scores[is_other]
+    return (float(others.mean()), float(others.std())) if len(others) else (0.0, 0.0)
+
+
+def _of_checkpoint(store: Store, version: int) -> tuple[Manifest, Tower, NDArray[np.float32] | None]:
+    """The manifest, the item tower and the validation queries."""
+    checkpoints = CheckpointStore(store)
     try:
-        files = CheckpointStore(store).load(version, "item")
-        return files.manifest, Tower(files)
+        files = checkpoints.load(version, "item")
+        return files.manifest, Tower(files), checkpoints.validation_queries(files.manifest)
     except (CorruptArtefactError, InvalidInputError) as error:
         raise CorruptCheckpointError(str(error)) from error
 

@@ -36,7 +36,7 @@ from index_service.feed import ChangeFeed, Changes
 from index_service.live import LiveIndex
 from index_service.memory import build_bytes, load_bytes, memory_available, refuse_beyond, tower_bytes
 from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
-from index_service.plan import EXACT
+from index_service.plan import TuningGoal
 from index_service.shard import ShardIndex
 from towers.catalogue import Catalogue
 from towers.checkpoint import TOWER_FILES, CheckpointStore, Manifest
@@ -81,12 +81,12 @@ class IndexLoader:
     """Loads indexes of one shard."""
 
     def __init__(
-        self, store: Store, shard: int, num_shards: int, exact_below: int, filterable: Collection[str] = ()
+        self, store: Store, shard: int, num_shards: int, goal: TuningGoal, filterable: Collection[str] = ()
     ) -> None:
         self._store = store
         self._shard = shard
         self._num_shards = num_shards
-        self._exact_below = exact_below
+        self._goal = goal
         self._filterable = filterable
         self._checkpoints = CheckpointStore(store)
         self._artefacts = ArtefactStore(store, shard, num_shards)
@@ -203,7 +203,7 @@ class IndexLoader:
             checkpoint_version=checkpoint_version,
             catalogue_version=catalogue_version,
             revision=revision,
-            exact_below=self._exact_below,
+            goal=self._goal,
         )
         build = await _run_builder(order, report)
         live = await _in_thread(lambda stopped: self._built(order, stopped))
@@ -274,12 +274,8 @@ class IndexLoader:
     def _check_fits(self, checkpoint: Manifest, manifest: ArtefactManifest) -> None:
         if manifest.checkpoint_fingerprint != checkpoint_fingerprint(checkpoint) or manifest.dim != checkpoint.dim:
             raise CorruptArtefactError(f"it was built from another checkpoint that was number {checkpoint.version} too")
-        is_exact = manifest.num_items == 0 or manifest.num_items < self._exact_below
-        if is_exact != (manifest.index_type == EXACT):
-            raise CorruptArtefactError(
-                f"it is {manifest.index_type}, which {manifest.num_items} items are not to be "
-                f"with exact_below = {self._exact_below}"
-            )
+        if manifest.goal != self._goal:
+            raise CorruptArtefactError(f"it was built with other settings: {manifest.goal}, not {self._goal}")
 
 
 def _is_too_much(changes: Changes, manifest: ArtefactManifest) -> bool:

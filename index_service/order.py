@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
+from index_service.plan import TuningGoal
 from towers.errors import CorruptArtefactError, TwoTowerError
 
 
@@ -21,7 +22,7 @@ class BuildOrder(BaseModel):
     checkpoint_version: int
     catalogue_version: str
     revision: int
-    exact_below: int
+    goal: TuningGoal
 
 
 class BuildMessage(BaseModel):

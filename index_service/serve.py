@@ -52,7 +52,7 @@ async def _serve(settings: IndexSettings) -> None:
     server = RpcServer(
         settings.address, SERVICE_NAME, drain_s=settings.drain_s, grace_s=settings.grace_s, reflect=settings.reflection
     )
-    loader = IndexLoader(store, settings.shard, settings.num_shards, settings.exact_below, settings.filterable)
+    loader = IndexLoader(store, settings.shard, settings.num_shards, settings.goal, settings.filterable)
     versions = Versions(
         loader, settings.num_shards, settings.rebuild_share, lambda: server.set_ready(versions.is_ready)
     )

@@ -188,7 +188,8 @@ def _status_message(status: VersionStatus) -> index_service_pb2.VersionStatus:
             )
             for setting in manifest.plan.settings
         )
-        message.target_recall = manifest.target_recall
+        message.target_recall = manifest.goal.target_recall
+        message.target_k = manifest.goal.target_k
         message.measured_with = manifest.measured_with
         message.item_similarity = manifest.item_similarity
         message.score_mean = manifest.score_mean

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from index_service.plan import TuningGoal
 from towers.settings import PREFIX, Address, invalid_settings
 
 _SHARD_HELP = f"{PREFIX}SHARD: say which shard this is, of how many, for example 0/2"
@@ -42,8 +43,18 @@ class IndexSettings(BaseSettings):
     """Seconds between NOT_SERVING and the refusal of new calls at the end."""
     grace_s: float = Field(default=10.0, ge=0)
     """Seconds that calls in flight then have to end."""
-    exact_below: int = Field(default=20_000, ge=0)
-    """Shards with fewer items are searched exactly, larger ones through IVF."""
+    target_recall: float = Field(default=0.95, gt=0, le=1)
+    """Recall@`target_k` against exact search that an index must reach; of those that do, the fastest is built."""
+    target_k: int = Field(default=100, ge=1)
+    """Items a search that the kind of index is chosen for; other numbers reach the same recall."""
+    max_latency_ms: float | None = Field(default=None, gt=0)
+    """Most that the median search for one query may take, with one thread, at `target_k`."""
+    max_index_mb: float | None = Field(default=None, gt=0)
+    """Most memory that the index of a version and its vectors may take, in 10^6 bytes."""
+    index_type: str | None = Field(default=None, min_length=1)
+    """Pins the kind of index, a FAISS factory string such as `IVF1024,SQ8`; without it the build chooses."""
+    exact_below: int = Field(default=5000, ge=0)
+    """Shards with fewer items are searched exactly, unless the kind is pinned."""
     rebuild_share: float = Field(default=0.1, gt=0)
     """Share of an index that live updates may change before it is built anew in the background."""
     filterable: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
@@ -56,6 +67,18 @@ class IndexSettings(BaseSettings):
             super().__init__(**values)
         except ValidationError as error:
             raise invalid_settings(error, {"shard": _SHARD_HELP, "num_shards": _SHARD_HELP}) from error
+
+    @property
+    def goal(self) -> TuningGoal:
+        """What an index must reach."""
+        return TuningGoal(
+            target_recall=self.target_recall,
+            target_k=self.target_k,
+            max_latency_ms=self.max_latency_ms,
+            max_index_mb=self.max_index_mb,
+            index_type=self.index_type,
+            exact_below=self.exact_below,
+        )
 
     @model_validator(mode="before")
     @classmethod

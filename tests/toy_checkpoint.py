@@ -101,6 +101,7 @@ class ToyModel:
             {"user_id": "nobody", "history": ["nothing", "2"]},
             {},
         ]
+        validation = self.query_embeddings(self.validation_queries()).astype(np.float32)
         items = [{"item_id": item_id} for item_id in (*self.item_ids[:3], "nothing")]
         return CheckpointDraft(
             dim=self.dim,
@@ -116,7 +117,7 @@ class ToyModel:
             data_window=None,
             code_revision="toy",
             parent_version=parent_version,
-            validation_queries=self.query_embeddings(self.validation_queries()).astype(np.float32),
+            validation_queries=validation[np.isfinite(validation).all(axis=1)],
         )
 
     def _query_tower(self) -> bytes:

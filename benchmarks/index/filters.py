@@ -26,6 +26,7 @@ from index_service.build import artefact_of
 from index_service.embed import EmbeddedItems
 from index_service.filters import Range
 from index_service.order import BuildOrder
+from index_service.plan import TuningGoal
 from index_service.shard import ShardIndex
 from towers.checkpoint import Manifest
 
@@ -64,7 +65,7 @@ def indexed(items: NDArray[np.float32]) -> ShardIndex:
         checkpoint_version=1,
         catalogue_version="0.1",
         revision=1,
-        exact_below=20_000,
+        goal=TuningGoal(),
     )
     checkpoint = Manifest(
         version=1,

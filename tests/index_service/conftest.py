@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import faiss
 import pyarrow as pa
 import pytest
 from shard_process import ShardProcess
@@ -13,6 +14,7 @@ from toy_checkpoint import ToyModel, toy_items, toy_model
 from index_service.artefact import ArtefactManifest
 from index_service.build import build
 from index_service.order import BuildOrder
+from index_service.plan import TuningGoal
 from towers.catalogue import Catalogue
 from towers.checkpoint import CheckpointStore
 from towers.deployment import DeploymentStore, promoted, rolled_back, staged
@@ -44,7 +46,7 @@ class World:
             checkpoint_version=version,
             catalogue_version=catalogue_version,
             revision=1,
-            exact_below=20_000,
+            goal=TuningGoal(),
         )
         return build(order, lambda _: None)
 
@@ -63,6 +65,12 @@ class World:
     def go_live(self, version: int) -> None:
         self.stage(version)
         self.promote()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """More threads than free cores only wait for each other."""
+    faiss.omp_set_num_threads(1)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from index_service.artefact import LoadedArtefact
 from index_service.build import artefact_of
 from index_service.embed import EmbeddedItems
 from index_service.order import BuildOrder
+from index_service.plan import EXACT, TuningGoal
 from index_service.shard import ShardIndex
 from towers.checkpoint import FileDigest, Manifest
 from towers.errors import InvalidInputError
@@ -32,7 +33,9 @@ def small_artefact(
     embeddings: NDArray[np.float32],
     item_ids: Sequence[str] | None = None,
     *,
-    exact_below: int = 1_000_000,
+    index_type: str = EXACT,
+    goal: TuningGoal | None = None,
+    validation_queries: NDArray[np.float32] | None = None,
     checkpoint_version: int = 1,
     catalogue_version: str = "0.1",
     revision: int = 1,
@@ -45,7 +48,7 @@ def small_artefact(
         checkpoint_version=checkpoint_version,
         catalogue_version=catalogue_version,
         revision=revision,
-        exact_below=exact_below,
+        goal=goal or TuningGoal(index_type=index_type),
     )
     checkpoint = Manifest(
         version=checkpoint_version,
@@ -61,7 +64,7 @@ def small_artefact(
     )
     ids = [str(i) for i in range(len(embeddings))] if item_ids is None else list(item_ids)
     items = pa.table({"item_id": pa.array(ids, pa.string()), **(attributes or {})})
-    return artefact_of(order, checkpoint, 0.0, EmbeddedItems(items, embeddings, {}))
+    return artefact_of(order, checkpoint, 0.0, EmbeddedItems(items, embeddings, {}), validation_queries)
 
 
 def small_index(

@@ -29,14 +29,14 @@ def assert_same(read, stored):
 
 
 @pytest.mark.parametrize("chunk_bytes", [100, 8 * 2**20])
-@pytest.mark.parametrize("exact_below", [0, 1000])
-def test_round_trip(store_url, exact_below, chunk_bytes, monkeypatch):
+@pytest.mark.parametrize("index_type", ["IVF8,SQ8", "IVF8,PQ2x4fs,Refine(Flat)", "HNSW8", "Flat"])
+def test_round_trip(store_url, index_type, chunk_bytes, monkeypatch):
     monkeypatch.setattr(artefact_module, "CHUNK_BYTES", chunk_bytes)
     artefacts = ArtefactStore(Store(store_url), 0, 1)
     assert artefacts.newest_revision(1, CATALOGUE) is None
-    stored = small_artefact(unit_vectors(200, 4), exact_below=exact_below)
+    stored = small_artefact(unit_vectors(200, 4), index_type=index_type)
     manifest = artefacts.put(stored)
-    assert set(manifest.files) == {VECTORS, ITEMS, ITEM_HASHES} | ({INDEX} if exact_below == 0 else set())
+    assert set(manifest.files) == {VECTORS, ITEMS, ITEM_HASHES} | ({INDEX} if index_type != "Flat" else set())
     assert artefacts.newest_revision(1, CATALOGUE) == 1
     assert artefacts.manifest(REF) == manifest
     assert_same(artefacts.get(REF), stored)
@@ -102,7 +102,7 @@ def test_every_flipped_bit_is_seen(folder_url, chunk_bytes, monkeypatch):
     monkeypatch.setattr(artefact_module, "CHUNK_BYTES", chunk_bytes)
     store = Store(folder_url)
     artefacts = ArtefactStore(store, 0, 1)
-    artefact = small_artefact(unit_vectors(50, 4), exact_below=0)
+    artefact = small_artefact(unit_vectors(50, 4), index_type="IVF4,SQ8")
     artefacts.put(artefact)
     random = np.random.default_rng(0)
     names = [f"{artefact.manifest.build}/{file}" for file in (INDEX, VECTORS, ITEMS, ITEM_HASHES)]
@@ -191,7 +191,9 @@ def test_a_manifest_of_another_format_is_refused(folder_url):
 def test_files_that_do_not_fit_together_are_refused(file, folder_url):
     store = Store(folder_url)
     artefacts = ArtefactStore(store, 0, 1)
-    one, other = (artefacts.put(small_artefact(unit_vectors(n, 8), exact_below=0, revision=n)) for n in (10, 11))
+    one, other = (
+        artefacts.put(small_artefact(unit_vectors(n, 8), index_type="IVF2,SQ8", revision=n)) for n in (10, 11)
+    )
     for content in (store.get(f"{FOLDER}/{other.build}/{file}"), b"12345678"):
         _replace(store, f"{FOLDER}/{one.build}/{file}", content)
         mixed = one.model_copy(update={"files": {**one.files, file: artefact_module.stored_file(content)}})

@@ -15,9 +15,11 @@ from shard_process import PATIENCE_S, until
 from small_indexes import ids_of
 from toy_checkpoint import TOY_FEATURES, toy_items, toy_model
 
+from index_service import build as build_module
 from index_service.artefact import ArtefactRef, ArtefactStore
 from index_service.build import build
 from index_service.order import BuildOrder, CorruptCheckpointError
+from index_service.plan import TuningGoal
 from index_service.shard import ShardIndex
 from towers.catalogue import Catalogue, shard_of
 from towers.checkpoint import CheckpointStore
@@ -27,7 +29,7 @@ from towers.schema import parse_schema
 
 def order_of(world, **how):
     fields = {"shard": 0, "num_shards": 1, "checkpoint_version": 1, "catalogue_version": "0.1", "revision": 1}
-    return BuildOrder(store=world.url, exact_below=1000, **{**fields, **how})
+    return BuildOrder(store=world.url, **{**fields, "goal": TuningGoal(), **how})
 
 
 def loaded(world, order):
@@ -172,7 +174,7 @@ def test_the_process_has_low_priority_and_ends_with_its_parent(world):
     ) as parent:
         assert parent.stdout is not None
         build_pid = int(parent.stdout.readline())
-        assert os.getpriority(os.PRIO_PROCESS, build_pid) == os.getpriority(os.PRIO_PROCESS, parent.pid) + 10
+        assert os.getpriority(os.PRIO_PROCESS, build_pid) == 19
         os.kill(parent.pid, signal.SIGKILL)
     until(lambda: not _is_running(build_pid), "the build ends")
 
@@ -185,6 +187,69 @@ def test_a_process_without_its_parent_does_nothing(world):
         check=False,
     )
     assert (run.returncode, run.stdout) == (1, b"")
+
+
+@pytest.mark.parametrize(("num_users", "measured_with"), [(100, "validation queries"), (10, "item vectors")])
+def test_the_manifest_says_what_was_chosen_and_measured(world, num_users, measured_with):
+    model = toy_model(num_items=300, num_users=num_users)
+    world.publish(model)
+    world.load_items(toy_items(300))
+    goal = TuningGoal(target_recall=0.9, target_k=20, index_type="IVF8,SQ8")
+    manifest = build(order_of(world, goal=goal), lambda _: None)
+    assert (manifest.index_type, manifest.goal, manifest.measured_with) == ("IVF8,SQ8", goal, measured_with)
+    assert [setting.k for setting in manifest.plan.settings] == [10, 20, 100, 500, 1000]
+    assert all(setting.recall >= 0.9 and setting.parameters for setting in manifest.plan.settings)
+    items = model.item_embeddings(model.item_ids)
+    cosines = items @ items.T
+    assert manifest.item_similarity == pytest.approx((cosines.sum() - 300) / (300 * 299), abs=1e-6)
+    if measured_with == "validation queries":
+        scores = model.query_embeddings(model.validation_queries()) @ items.T
+        assert (manifest.score_mean, manifest.score_deviation) == pytest.approx((scores.mean(), scores.std()), abs=1e-6)
+    else:
+        others = cosines[~np.eye(300, dtype=bool)]
+        assert (manifest.score_mean, manifest.score_deviation) == pytest.approx((others.mean(), others.std()), abs=1e-6)
+
+
+def test_a_rebuild_for_the_same_checkpoint_keeps_the_choice(world, monkeypatch):
+    choices = []
+    tuned = build_module.tuned
+    monkeypatch.setattr(build_module, "tuned", lambda *args: choices.append(args) or tuned(*args))
+    goal = TuningGoal(index_type="IVF8,SQ8")
+    world.publish(toy_model(num_items=1000))
+    versions = [world.load_items(toy_items(num_items)) for num_items in (300, 400, 1000)]
+
+    def built_at(catalogue_version, **how):
+        order = order_of(world, goal=goal, catalogue_version=catalogue_version, **how)
+        return build(order, lambda _: None), loaded(world, order).ann.base
+
+    _, base = built_at(versions[0])
+    assert len(choices) == 1
+    manifest, rebuilt = built_at(versions[1])
+    assert (manifest.num_items, len(choices)) == (400, 1)
+    np.testing.assert_array_equal(rebuilt.quantizer.reconstruct_n(0, 8), base.quantizer.reconstruct_n(0, 8))
+    # Many more items, another goal, or another checkpoint: chosen anew.
+    built_at(versions[2])
+    assert len(choices) == 2
+    goal = TuningGoal(index_type="IVF8,SQ8", target_recall=0.9)
+    built_at(versions[2], revision=2)
+    assert len(choices) == 3
+    world.publish(toy_model(num_items=1000, seed=2))
+    built_at(versions[2], checkpoint_version=2)
+    assert len(choices) == 4
+
+
+def test_a_damaged_earlier_index_does_not_stop_a_build(world, caplog):
+    world.publish(toy_model(num_items=400))
+    goal = TuningGoal(index_type="IVF8,SQ8")
+    build(order_of(world, goal=goal, catalogue_version=world.load_items(toy_items(300))), lambda _: None)
+    (path,) = [path for path in world.store.files("indexes") if path.endswith("index.faiss")]
+    content = bytearray(world.store.get(path))
+    content[100] ^= 1
+    world.store.delete(path)
+    world.store.put_new(path, bytes(content))
+    order = order_of(world, goal=goal, catalogue_version=world.load_items(toy_items(400)))
+    assert build(order, lambda _: None).num_items == 400
+    assert "an earlier index is not used: " in caplog.text
 
 
 def _run(order, exit_code=0):

@@ -13,16 +13,18 @@ from toy_checkpoint import toy_items, toy_model
 from index_service.artefact import VECTORS, ArtefactStore
 from index_service.load import IndexLoader
 from index_service.order import CorruptCheckpointError
+from index_service.plan import TuningGoal
 from towers.catalogue import shard_of
 from towers.errors import NotFoundError, TwoTowerError
 
+DEFAULT = TuningGoal()
 QUERY = {"user_id": "1", "history": ["2", "3"]}
 
 
-def load(world, catalogue_version, version=1, exact_below=20_000, replaced=None):
+def load(world, catalogue_version, version=1, goal=DEFAULT, replaced=None):
     """The index, and the progress that was reported: none where nothing was built."""
     progress = []
-    loader = IndexLoader(world.store, 0, 1, exact_below)
+    loader = IndexLoader(world.store, 0, 1, goal)
     loaded = asyncio.run(loader.load(version, catalogue_version, replaced, progress.append))
     return loaded, progress
 
@@ -52,7 +54,7 @@ def test_a_stored_index_that_cannot_be_trusted_is_refused_and_replaced(world, da
     catalogue_version = world.load_items()
     world.publish(model)
     world.build(1, catalogue_version)
-    exact_below = 20_000
+    goal = DEFAULT
     (path,) = [path for path in world.store.files("indexes") if path.endswith(f"/{VECTORS}")]
     if damage == "bit":
         content = bytearray(world.store.get(path))
@@ -67,8 +69,8 @@ def test_a_stored_index_that_cannot_be_trusted_is_refused_and_replaced(world, da
         model = toy_model(seed=77)
         assert world.publish(model) == 1
     else:
-        exact_below = 0
-    loaded, progress = load(world, catalogue_version, exact_below=exact_below)
+        goal = TuningGoal(index_type="IVF1,SQ8")
+    loaded, progress = load(world, catalogue_version, goal=goal)
     assert "the stored index is refused and will be replaced" in caplog.text
     assert not loaded.is_from_store
     assert progress[0] == 0
@@ -78,7 +80,7 @@ def test_a_stored_index_that_cannot_be_trusted_is_refused_and_replaced(world, da
         assert_exact(loaded, model)
     # What replaced it can be trusted: the next load builds nothing.
     assert ArtefactStore(world.store, 0, 1).newest_revision(1, catalogue_version) == 2
-    assert load(world, catalogue_version, exact_below=exact_below)[0].is_from_store
+    assert load(world, catalogue_version, goal=goal)[0].is_from_store
 
 
 def test_failures_say_whose_fault_they_are(world):
@@ -105,7 +107,7 @@ def test_a_cancelled_load_leaves_no_process_and_nothing_visible(world):
 
     async def run():
         before = set(children_of(os.getpid()))
-        loader = IndexLoader(world.store, 0, 1, 20_000)
+        loader = IndexLoader(world.store, 0, 1, DEFAULT)
         is_building = asyncio.Event()
         task = asyncio.create_task(loader.load(1, catalogue_version, None, lambda _: is_building.set()))
         await is_building.wait()
@@ -127,7 +129,7 @@ def test_an_index_that_another_replica_built_first_is_used(world):
     world.publish(model)
 
     async def run():
-        loaders = [IndexLoader(world.store, 0, 1, 20_000) for _ in range(2)]
+        loaders = [IndexLoader(world.store, 0, 1, DEFAULT) for _ in range(2)]
         return await asyncio.gather(*(loader.load(1, catalogue_version, None, lambda _: None) for loader in loaders))
 
     loaded = asyncio.run(run())
@@ -150,7 +152,7 @@ def test_a_bucket_does_as_well_as_a_folder(s3_world):
 def test_a_shard_without_items_is_an_index_like_any_other(world):
     catalogue_version = world.load_items(toy_items(1))
     world.publish()
-    loader = IndexLoader(world.store, 1 - shard_of("1", 2), 2, 20_000)
+    loader = IndexLoader(world.store, 1 - shard_of("1", 2), 2, DEFAULT)
     loaded = asyncio.run(loader.load(1, catalogue_version, None, lambda _: None))
     assert loaded.live.num_items == 0
     assert loaded.live.view.search(toy_model().query_embeddings([QUERY]).astype(np.float32), 10).counts.tolist() == [0]

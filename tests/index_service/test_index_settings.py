@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from index_service.plan import TuningGoal
 from index_service.settings import IndexSettings
 from towers.errors import InvalidInputError
 
@@ -12,7 +13,7 @@ def test_keywords_and_defaults():
     assert (settings.shard, settings.num_shards) == (0, 2)
     assert settings.address == "127.0.0.1:50061"
     assert (settings.poll_interval_s, settings.drain_s, settings.grace_s) == (0.5, 0.5, 10)
-    assert settings.exact_below == 20_000
+    assert settings.goal == TuningGoal()
     assert settings.filterable == ()
     assert not settings.reflection
     with pytest.raises(ValidationError, match="frozen"):
@@ -28,6 +29,25 @@ def test_environment(monkeypatch):
     assert (settings.poll_interval_s, settings.exact_below) == (0.1, 0)
     assert settings.filterable == ("genres", "year")
     assert IndexSettings(shard="1/4").shard == 1
+
+
+def test_what_an_index_must_reach(monkeypatch):
+    settings = {
+        "TARGET_RECALL": "0.9",
+        "TARGET_K": "50",
+        "MAX_LATENCY_MS": "0.5",
+        "MAX_INDEX_MB": "100",
+        "INDEX_TYPE": "IVF64,SQ8",
+        "EXACT_BELOW": "7",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(f"TWOTOWER_{name}", value)
+    goal = IndexSettings(store="/somewhere", shard="0/2").goal
+    assert goal == TuningGoal(
+        target_recall=0.9, target_k=50, max_latency_ms=0.5, max_index_mb=100, index_type="IVF64,SQ8", exact_below=7
+    )
+    with pytest.raises(InvalidInputError, match="TWOTOWER_TARGET_RECALL: Input should be less than or equal to 1"):
+        IndexSettings(store="/somewhere", shard="0/2", target_recall=1.1)
 
 
 def test_all_problems_are_reported_together(monkeypatch):

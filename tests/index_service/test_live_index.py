@@ -253,7 +253,9 @@ def test_many_changes_are_searched_through_the_lists_of_the_built_index(monkeypa
         )
 
     attributes = {"tags": pa.array(tags[:3_000])}
-    base = small_index(vectors[:3_000], names[:3_000], exact_below=100, attributes=attributes, filterable=["tags"])
+    base = small_index(
+        vectors[:3_000], names[:3_000], index_type="IVF64,SQ8", attributes=attributes, filterable=["tags"]
+    )
     assert base.ann.lists is not None
     live = LiveIndex(base, functools.cache(CountingTower))
     now = dict(enumerate(vectors[:3_000]))

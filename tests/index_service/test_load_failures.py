@@ -18,14 +18,15 @@ from toy_checkpoint import toy_items, toy_model
 from index_service import load as load_module
 from index_service.artefact import ITEM_HASHES, ITEMS, VECTORS, ArtefactRef, ArtefactStore
 from index_service.load import IndexLoader
+from index_service.plan import TuningGoal
 from towers.catalogue import Catalogue
 from towers.errors import CorruptArtefactError, StoreUnavailableError, TooLittleMemoryError, TwoTowerError
 
 QUERY = {"user_id": "1", "history": ["2", "3"]}
 
 
-def loader_of(world, exact_below=20_000):
-    return IndexLoader(world.store, 0, 1, exact_below)
+def loader_of(world):
+    return IndexLoader(world.store, 0, 1, TuningGoal())
 
 
 def load(loader, catalogue_version, replaced=None, version=1):

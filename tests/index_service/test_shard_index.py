@@ -60,8 +60,8 @@ def test_exclusion_is_exact_and_leaves_k_results():
 
 def test_ivf_reaches_the_recall_that_its_manifest_states():
     items = unit_vectors(6000, 32, seed=5, num_clusters=60)
-    index = small_index(items, exact_below=1000)
-    assert index.manifest.index_type == "IVF153,SQ8"  # 6000 / 39, below 4 * sqrt(6000)
+    index = small_index(items, index_type="IVF153,SQ8")
+    assert index.manifest.index_type == "IVF153,SQ8"
     assert index.ann.base.nlist == 153
     for setting in index.ann.settings:
         assert setting.recall >= 0.95
@@ -80,7 +80,7 @@ def test_ivf_reaches_the_recall_that_its_manifest_states():
 
 def test_ivf_probes_more_lists_until_there_are_k():
     items = unit_vectors(3000, 16, seed=7, num_clusters=30)
-    index = small_index(items, exact_below=0)
+    index = small_index(items, index_type="IVF76,SQ8")
     queries = items[:5]
     assert index.search(queries, 10_000).counts.tolist() == [3000] * 5
     # Excluded are all but 7 of the most distant: they lie in lists that the first probe does not reach.
@@ -96,20 +96,10 @@ def test_ivf_probes_more_lists_until_there_are_k():
     assert (both.rows >= 0).all()
 
 
-def test_vectors_that_eight_bits_cannot_tell_apart_are_stored_whole():
-    # Half of the items are so alike that only more than 8 bits in the range of the other half tell them apart.
-    alike = unit_vectors(1, 8, seed=8) + 3e-3 * unit_vectors(1000, 8, seed=9)
-    alike /= np.linalg.norm(alike, axis=1, keepdims=True)
-    items = np.concatenate([unit_vectors(1000, 8, seed=10), alike])
-    index = small_index(items, exact_below=10)
-    assert index.manifest.index_type == "IVF51,Flat"
-    assert all(setting.recall >= 0.95 for setting in index.ann.settings)
-
-
 @pytest.mark.parametrize("num_items", [1, 2, 40])
 def test_tiny_ivf(num_items):
     items = unit_vectors(num_items, 4, seed=9)
-    index = small_index(items, exact_below=0)
+    index = small_index(items, index_type="IVF1,SQ8")
     assert index.search(items, 5).counts.tolist() == [min(5, num_items)] * num_items
 
 
@@ -117,7 +107,7 @@ def test_empty_shard():
     index = small_index(
         np.empty((0, 8), np.float32),
         attributes={"title": pa.array([], pa.string())},
-        exact_below=0,
+        index_type="IVF16,SQ8",
         filterable=["title"],
     )
     hits = index.search(unit_vectors(3, 8), 10, None, ["1"])
@@ -165,14 +155,14 @@ def test_attributes_of_rows():
         index.attributes.values("raw", rows)
 
 
-@pytest.mark.parametrize("exact_below", [0, 1_000_000])
-def test_a_filter_and_exclusions_together(exact_below):
+@pytest.mark.parametrize("index_type", ["IVF76,SQ8", "IVF76,PQ8x4fs,Refine(Flat)", "HNSW16", "Flat"])
+def test_a_filter_and_exclusions_together(index_type):
     items, queries = unit_vectors(3000, 16, seed=11, num_clusters=30), unit_vectors(3, 16, seed=12)
     years = np.arange(3000) % 50 + 1970
     genres = [["drama", "crime"][: i % 3] for i in range(3000)]
     index = small_index(
         items,
-        exact_below=exact_below,
+        index_type=index_type,
         attributes={"year": pa.array(years), "genres": pa.array(genres, pa.list_(pa.string()))},
         filterable=["year", "genres"],
     )
@@ -193,15 +183,15 @@ def test_a_filter_and_exclusions_together(exact_below):
         index.search(queries, 10, OneOf("year", frozenset({"2000"})))
 
 
-@pytest.mark.parametrize("exact_below", [0, 1000])
-def test_bad_searches_are_refused(exact_below):
-    check_bad_searches_are_refused(small_index(unit_vectors(100, 8), exact_below=exact_below))
+@pytest.mark.parametrize("index_type", ["IVF2,SQ8", "IVF2,PQ4x4fs,Refine(Flat)", "HNSW8", "Flat"])
+def test_bad_searches_are_refused(index_type):
+    check_bad_searches_are_refused(small_index(unit_vectors(100, 8), index_type=index_type))
 
 
 def test_bad_searches_are_refused_without_assertions():
     code = (
         "from small_indexes import check_bad_searches_are_refused, small_index, unit_vectors\n"
-        "check_bad_searches_are_refused(small_index(unit_vectors(100, 8), exact_below=0))\n"
+        "check_bad_searches_are_refused(small_index(unit_vectors(100, 8), index_type='IVF2,SQ8'))\n"
         "check_bad_searches_are_refused(small_index(unit_vectors(100, 8)))\n"
         "print('refused', __debug__)"
     )
