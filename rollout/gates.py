@@ -249,9 +249,12 @@ def scores(version: int, live_version: int | None, standby: Fleet, live: Fleet, 
     name = "scores"
     if not standby.shards or not all(shard.serves(version) for shard in standby.shards):
         return GateResult(name, Outcome.WAIT, f"not all shards have version {version} available")
+    silent = [shard.name for shard, load in _with_pairs(version, standby) if not _has_scores(load)]
+    if silent:
+        return GateResult(name, Outcome.WAIT, f"{silent[0]} does not say the scores of version {version}")
     figures, live_figures = _Scores.of(version, standby), _Scores.of(live_version, live)
     if figures is None:
-        return GateResult(name, Outcome.PASS, "no shard has scores of more than one item")
+        return GateResult(name, Outcome.PASS, "no shard has more than one item to score")
     explanation = str(figures)
     refusals = []
     if not figures.are_finite:
@@ -349,13 +352,7 @@ class _Scores:
     @classmethod
     def of(cls, version: int | None, fleet: Fleet) -> "_Scores | None":
         """None when no shard that has the version available has figures."""
-        if version is None:
-            return None
-        loads = [load for shard in fleet.shards if shard.serves(version) and (load := shard.load_of(version))]
-        # A single item has no pairs, and no deviation that says anything.
-        loads = [
-            load for load in loads if load.num_items > 1 and (load.item_similarity, load.score_deviation) != (0, 0)
-        ]
+        loads = [load for _, load in _with_pairs(version, fleet) if _has_scores(load)]
         num_items = sum(load.num_items for load in loads)
         if not num_items:
             return None
@@ -371,6 +368,17 @@ class _Scores:
 
     def __str__(self) -> str:
         return f"mean {self.mean:.3f}, deviation {self.deviation:.3f}, item similarity {self.similarity:.3f}"
+
+
+def _with_pairs(version: int | None, fleet: Fleet) -> list[tuple[Replica, LoadStatus]]:
+    """Shards that have a version available; a single item has no pairs, and scores that say nothing."""
+    available = [shard for shard in fleet.shards if version is not None and shard.serves(version)]
+    loads = [(shard, load) for shard in available for load in shard.loads if load.version == version]
+    return [(shard, load) for shard, load in loads if load.num_items > 1]
+
+
+def _has_scores(load: LoadStatus) -> bool:
+    return (load.item_similarity, load.score_mean, load.score_deviation) != (0, 0, 0)
 
 
 def _shadow_refusals(figures: Shadow, thresholds: Thresholds) -> list[str]:

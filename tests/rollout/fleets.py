@@ -12,7 +12,8 @@ OTHER_STATES = tuple(state for state in State if state is not State.AVAILABLE)
 
 
 def load(version: int, state: State = State.AVAILABLE, **fields: Any) -> LoadStatus:
-    return LoadStatus(version=version, state=state, **{"num_items": 100, "index_type": "Flat", **fields})
+    sound = {"num_items": 100, "index_type": "Flat", "item_similarity": 0.1, "score_deviation": 0.2}
+    return LoadStatus(version=version, state=state, **{**sound, **fields})
 
 
 def shard(number: int, *loads: LoadStatus, num_shards: int = 2, address: str = "", error: str = "") -> Replica:

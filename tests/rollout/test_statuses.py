@@ -60,7 +60,17 @@ def test_all_of_a_shards_answer_arrives(state: State) -> None:
 
 @pytest.mark.parametrize("state", [State.UNKNOWN, State.LOADING, State.AVAILABLE, State.FAILED])
 def test_all_of_a_query_services_answer_arrives(state: State) -> None:
-    said = load(7, state, reason="because", is_corrupt=True, golden_difference=0.5, num_items=0, index_type="")
+    said = load(
+        7,
+        state,
+        reason="because",
+        is_corrupt=True,
+        golden_difference=0.5,
+        num_items=0,
+        index_type="",
+        item_similarity=0,
+        score_deviation=0,
+    )
 
     async def scenario() -> None:
         async with scripted_services() as services:
