@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_outcome import Twotower
 from running import is_running
@@ -231,6 +232,13 @@ def test_bad_versions_are_held_and_the_next_good_one_goes_live(
     refused = twotower("promote", *at, *where)
     assert (refused.exit_code, refused.err.count("\n")) == (1, 1)
     assert "offline recall (refuse): test.recall_at_10 is 0.0500" in refused.err
+
+    model = toy_model(dim=12, seed=2)
+    collapsed = checkpoints.publish(replace(model, item_table=np.ones_like(model.item_table)).draft()).version
+    record = wait_for_record(store, lambda record: record.held and record.standby_version == collapsed)
+    assert record.live_version == 1
+    assert "item similarity 1.000" in record.reason
+    assert "items are all alike" in record.reason
 
     best = checkpoints.publish(good).version
     record = wait_for_record(store, lambda record: record.live_version == best)
