@@ -74,7 +74,7 @@ class AnnIndex:
     def lists(self) -> Lists | None:
         """The lists of an IVF index whose rows are numbered list by list; None for any other."""
         is_ordered = isinstance(self.base, faiss.IndexIVF) and is_numbered_by_list(self.base)
-        return Lists(self.base) if is_ordered else None
+        return Lists(self.base, self.vectors) if is_ordered else None
 
     def num_scanned(self, k: int) -> int:
         """How many rows a search for k looks at, on average; all where there are no lists to choose from."""
@@ -98,7 +98,7 @@ class AnnIndex:
         """
         if self.num_items == 0:
             return _nothing(len(embeddings), k)
-        effort = k if effort_k is None else max(k, effort_k)
+        effort = k if effort_k is None else effort_k
         parameters = self._parameters(effort, selector)
         return self._index.search(embeddings, k, params=parameters)  # type: ignore[no-any-return]
 
@@ -142,6 +142,26 @@ class AnnIndex:
             k,
             params=faiss.SearchParameters(sel=selector),
         )
+
+    def rescored(
+        self, embeddings: NDArray[np.float32], k: int, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The k best by exact score of some rows for each query.
+
+        Args:
+            embeddings: `[B, D]`, contiguous.
+            k: At least 1.
+            rows: `[B, C]`, contiguous, at least k; -1 for none.
+
+        Returns:
+            `[B, K]` scores, falling, and rows; row -1 where there are fewer.
+        """
+        scores = np.empty(rows.shape, dtype=np.float32)
+        self.exact.compute_distance_subset(
+            len(rows), faiss.swig_ptr(embeddings), rows.shape[1], faiss.swig_ptr(scores), faiss.swig_ptr(rows)
+        )
+        best = np.argsort(-scores, axis=1)[:, :k] + np.arange(len(rows))[:, None] * rows.shape[1]  # [B, K]
+        return scores.take(best), rows.take(best)
 
     def empty_like(self) -> Any | None:
         """An empty FAISS index with the same lists, vectors kept whole; None where this one has no lists.

@@ -4,6 +4,7 @@ Deliberately does not know why rows may be returned or not, nor when a search th
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,15 @@ from index_service.row_set import RowSet
 
 _SPARE = 2
 """Lists are sorted for this many times the rows that are wanted, as lists hold uneven numbers of them."""
-_TINY = 1e-9
+_NUM_SAMPLED = 32
+"""Rows taken for queries, to see how far the rows of a list score above and below its centroid."""
+_SAMPLED_SHARE = 1 / 3
+"""Of the lists, the nearest: in those that are farther no hit is looked for."""
+_LISTS_SAMPLED = 48
+_STEPS = 256
+"""Of a score of 1, in the table of what is seen there."""
+_WIDEST = 2.0
+"""Between the scores of unit vectors."""
 
 
 @dataclass(frozen=True)
@@ -29,82 +38,124 @@ class Reach:
     num_filled: int
     """Lists with rows of the set."""
     num_rows: int
-    concentration: float
-    """0: each list has the same share of the set; 1: each list is wholly in it or out, so the set is a region."""
 
 
 class Lists:
     """The L lists of one IVF index of N rows."""
 
-    def __init__(self, ivf: Any) -> None:
-        """Takes an IVF index whose rows `number_by_list` has numbered."""
+    def __init__(self, ivf: Any, vectors: NDArray[np.float32]) -> None:
+        """Takes an IVF index whose rows `number_by_list` has numbered, and its vectors `[N, D]`."""
         self._ivf = ivf
-        self._sizes = _sizes(ivf)
-        self.starts = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._vectors = vectors
+        sizes = _sizes(ivf)
+        self.starts = np.concatenate([[0], np.cumsum(sizes)])
         """`[L + 1]` the first row of each list, and N."""
-        self._per_row = 1 / np.maximum(self._sizes, 1)  # [L]
         self._centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)  # [L, D]
         self._reaches: WeakKeyDictionary[RowSet, Reach] = WeakKeyDictionary()
         self.can_scan = type(ivf) in (faiss.IndexIVFScalarQuantizer, faiss.IndexIVFFlat)
         """Whether `scan` knows how to look at the lists."""
+        self.is_quantised = type(ivf) is not faiss.IndexIVFFlat
+        """Whether the scores of `scan` are not exact."""
 
     @property
     def size_bytes(self) -> int:
         """Memory of what is kept here."""
-        return int(self.starts.nbytes + self._sizes.nbytes + self._per_row.nbytes + self._centroids.nbytes)
+        return int(self.starts.nbytes + self._centroids.nbytes)
 
-    def reach(self, allowed: RowSet) -> "Reach":
+    def num_candidates(self, k: int) -> int:
+        """How many hits of `scan` hold the k best, whose scores may lie closer together than they are exact."""
+        return 2 * k + 20 if self.is_quantised else k
+
+    def reach(self, allowed: RowSet) -> Reach:
         """Where the allowed rows are; made once for a set."""
         reach = self._reaches.get(allowed)
         if reach is None:
             counts = allowed.counts_between(self.starts)  # [L]
-            share = allowed.count / self.starts[-1]
-            differences = counts * self._per_row - share  # [L]
-            variance = float(differences * differences @ self._sizes) / self.starts[-1]
             reach = Reach(
                 counts=counts,
                 num_rows=allowed.count,
                 penalties=np.where(counts > 0, np.float32(0), np.float32(-np.inf)),
                 num_filled=int(np.count_nonzero(counts)),
-                concentration=min(1.0, variance / max(share * (1 - share), _TINY)),
             )
             self._reaches[allowed] = reach
         return reach
 
-    def nearest(
-        self, embeddings: NDArray[np.float32], reach: "Reach", num_rows: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def scores(self, embeddings: NDArray[np.float32], reach: Reach) -> NDArray[np.float32]:
+        """`[B, L]` scores of the centroids for queries `[B, D]`; minus infinity for a list without allowed rows."""
+        scores: NDArray[np.float32] = embeddings @ self._centroids.T + reach.penalties
+        return scores
+
+    def nearest(self, scores: NDArray[np.float32], reach: Reach, num_rows: int) -> NDArray[np.int64]:
         """The lists nearest to each query until they hold so many allowed rows together; those without any left out.
 
         Args:
-            embeddings: `[B, D]`
+            scores: `[B, L]` of the centroids.
             reach: Where the allowed rows are.
             num_rows: How many of them are wanted.
 
         Returns:
-            `[B, P]` lists, -1 where fewer are enough, and the score of each list's centroid.
+            `[B, P]` lists, -1 where fewer are enough.
         """
         num_lists = len(reach.counts)
         num_best = min(reach.num_filled, 1 + _SPARE * reach.num_filled * num_rows // max(1, reach.num_rows))
-        scores = embeddings @ self._centroids.T + reach.penalties  # [B, L]
-        query = np.arange(len(embeddings))[:, None]  # [B, 1]
+        query = np.arange(len(scores))[:, None]  # [B, 1]
         best = np.argpartition(scores, num_lists - num_best, axis=1)[:, num_lists - num_best :]  # [B, P]
         # `take` with one number a place is several times faster here than an index of two.
-        similarities = scores.take(best + query * num_lists)  # [B, P]
-        order = np.argsort(-similarities, axis=1) + query * num_best  # [B, P]
-        best, similarities = best.take(order), similarities.take(order)  # [B, P], [B, P]
+        order = np.argsort(-scores.take(best + query * num_lists), axis=1) + query * num_best  # [B, P]
+        best = best.take(order)  # [B, P]
         held = reach.counts[best]  # [B, P]
         is_wanted = np.cumsum(held, axis=1) - held < num_rows  # [B, P]
-        num_needed = int(is_wanted.sum(axis=1).max())
         best[~is_wanted] = -1
-        return best[:, :num_needed], similarities[:, :num_needed]
+        return best[:, : int(is_wanted.sum(axis=1).max())]
+
+    def expected(
+        self,
+        scores: NDArray[np.float32],
+        reach: Reach,
+        visited: NDArray[np.int64],
+        thresholds: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """How many allowed rows of each list are to be expected above a score.
+
+        Args:
+            scores: `[B, L]` of the centroids.
+            reach: Where the allowed rows are.
+            visited: `[B, P]` lists whose rows are known, for which 0 is returned; -1 for none.
+            thresholds: `[B]` the score.
+
+        Returns:
+            `[B, L]`
+        """
+        above = np.clip(thresholds[:, None] - scores, -_WIDEST, _WIDEST)  # [B, L]
+        expected: NDArray[np.float32] = self._shares_above[((above + _WIDEST) * _STEPS).astype(np.int32)]  # [B, L]
+        expected *= reach.counts
+        query, place = np.nonzero(visited >= 0)
+        expected[query, visited[query, place]] = 0
+        return expected
+
+    @cached_property
+    def _shares_above(self) -> NDArray[np.float32]:
+        """By how far a score is above a centroid's, from -2 in steps: the share of the list's rows that exceed it."""
+        random = np.random.default_rng(0)
+        queries = self._vectors[random.integers(len(self._vectors), size=_NUM_SAMPLED)]  # [S, D]
+        num_near = max(1, round(len(self._centroids) * _SAMPLED_SHARE))
+        differences = []
+        for query, scores in zip(queries, queries @ self._centroids.T, strict=True):
+            near = np.argsort(-scores)[1 : num_near + 1]
+            for number in random.choice(near, min(len(near), _LISTS_SAMPLED), replace=False):
+                rows = self._vectors[self.starts[number] : self.starts[number + 1]]  # [R, D]
+                differences.append(rows @ query - scores[number])
+        sorted_differences = np.sort(np.concatenate([np.zeros(1), *differences]))
+        steps = np.arange(int(2 * _WIDEST * _STEPS) + 1) / _STEPS - _WIDEST
+        below = np.searchsorted(sorted_differences, steps) / len(sorted_differences)
+        return (1 - below).astype(np.float32)
 
     def scan(
         self,
         embeddings: NDArray[np.float32],
         k: int,
         lists: NDArray[np.int64],
-        similarities: NDArray[np.float32],
+        list_scores: NDArray[np.float32],
         selector: Any,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Finds the k best of the rows in some lists.
@@ -113,7 +164,7 @@ class Lists:
             embeddings: `[B, D]`, contiguous.
             k: At least 1.
             lists: `[B, P]` lists for each query; -1 for none.
-            similarities: `[B, P]` the score of each list's centroid.
+            list_scores: `[B, L]` the score of each list's centroid.
             selector: FAISS selector of the rows that may be returned.
 
         Returns:
@@ -122,7 +173,9 @@ class Lists:
         num_queries, num_lists = lists.shape
         scores = np.empty((num_queries, k), dtype=np.float32)
         rows = np.empty((num_queries, k), dtype=np.int64)
-        lists, similarities = np.ascontiguousarray(lists), np.ascontiguousarray(similarities)
+        lists = np.ascontiguousarray(lists)
+        # What is taken for -1, none, is not looked at.
+        similarities = list_scores.take(lists + np.arange(num_queries)[:, None] * list_scores.shape[1], mode="wrap")
         # FAISS's own wrapper for Python takes no parameters here.
         self._ivf.search_preassigned_c(
             num_queries,

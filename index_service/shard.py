@@ -48,7 +48,6 @@ class ShardIndex:
         self.ann: AnnIndex = artefact.ann
         self.attributes = Attributes(artefact.items.drop_columns([ITEM_ID]), filterable)
         """Of the items, row by row."""
-        self.attributes.prepare()
         self.ids = ItemIds(artefact.items.column(ITEM_ID), artefact.item_hashes)
         self._all = RowSet.everything(self.num_items)
 

@@ -2,6 +2,8 @@
 
 import datetime as dt
 import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pyarrow as pa
@@ -54,10 +56,9 @@ VALUES = {
 ROWS = st.lists(st.fixed_dictionaries({name: st.none() | values for name, values in VALUES.items()}), max_size=80)
 
 
-def attributes_of(rows, filterable=tuple(TYPES)):
-    return Attributes(
-        pa.table({name: pa.array([row[name] for row in rows], type_) for name, type_ in TYPES.items()}), filterable
-    )
+def attributes_of(rows, filterable=tuple(TYPES), **how):
+    table = pa.table({name: pa.array([row[name] for row in rows], type_) for name, type_ in TYPES.items()})
+    return Attributes(table, filterable, **how)
 
 
 def comparable(name, value):
@@ -157,19 +158,17 @@ CONDITIONS = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(ROWS, CONDITIONS, st.booleans())
-def test_a_filter_is_what_python_says_row_by_row(rows, condition, is_prepared):
-    attributes = attributes_of(rows)
-    if is_prepared:
-        attributes.prepare()
+@given(ROWS, CONDITIONS, st.sampled_from([0, 1_000]))
+def test_a_filter_is_what_python_says_row_by_row(rows, condition, bitmaps_from):
+    attributes = attributes_of(rows, bitmaps_from=bitmaps_from)
     expected = [is_met(condition, row) for row in rows]
     assert attributes.mask(condition).tolist() == expected
     assert attributes.matching(condition).rows.tolist() == np.flatnonzero(expected).tolist()
     assert attributes.matching(condition).count == sum(expected)
 
 
-@pytest.mark.parametrize("is_prepared", [False, True])
-def test_a_large_table(is_prepared):
+@pytest.mark.parametrize("bitmaps_from", [10_000, 30_000])
+def test_a_large_table(bitmaps_from):
     random = np.random.default_rng(1)
     num = 20_000
     years = random.integers(1950, 2025, num)
@@ -185,10 +184,8 @@ def test_a_large_table(is_prepared):
             "maker": ids,
         }
     )
-    attributes = Attributes(table, ["year", "price", "genres", "maker"])
-    if is_prepared:
-        attributes.prepare()
-        assert attributes.size_bytes > table.nbytes
+    attributes = Attributes(table, ["year", "price", "genres", "maker"], bitmaps_from=bitmaps_from)
+    unfiltered_bytes = attributes.size_bytes
     has = {name: np.array([name in entries for entries in genres]) for name in ("drama", "crime", "rare")}
     makers = np.array(ids)
     for condition, expected in (
@@ -214,6 +211,23 @@ def test_a_large_table(is_prepared):
         for _ in range(2):  # Computed, then remembered.
             np.testing.assert_array_equal(attributes.mask(condition), expected, err_msg=str(condition))
             np.testing.assert_array_equal(attributes.matching(condition).rows, np.flatnonzero(expected))
+    assert attributes.size_bytes > unfiltered_bytes
+
+
+def test_what_filters_need_is_made_once_and_by_whoever_asks_first():
+    values = np.random.default_rng(1).random(50_000)
+    attributes = Attributes(pa.table({"price": values, "maker": [f"maker {value}" for value in values]}), ["price"])
+    start = Barrier(8)
+
+    def count(number):
+        start.wait()
+        return attributes.matching(Range("price", less_than=number / 8)).count
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(count, range(8))) == [int((values < number / 8).sum()) for number in range(8)]
+    once = attributes.size_bytes
+    attributes.matching(Range("price", less_than=0.5))
+    assert attributes.size_bytes == once
 
 
 def test_numbers_are_compared_in_the_precision_of_the_column():
@@ -294,7 +308,7 @@ def test_without_filterable_attributes_the_error_says_so():
 
 
 def test_many_filters_do_not_pile_up():
-    attributes = Attributes(pa.table({"n": np.arange(10_000)}), ["n"])
+    attributes = Attributes(pa.table({"n": np.arange(10_000)}), ["n"], bitmaps_from=20_000)
     for bound in range(500):
         attributes.matching(Range("n", at_least=float(bound)))
     assert attributes.size_bytes < 10_000 * 8 * 2 + 500 * 10_000 / 8 / 3

@@ -90,14 +90,32 @@ def test_there_are_k_whenever_so_many_are_allowed(ann, vectors, k):
     check(ann, vectors[1][:3], k, np.ones(NUM, dtype=bool))
 
 
-def test_what_is_excluded_near_the_query(ann, vectors):
-    query = vectors[1][:1]
-    best = exact_rows(ann.vectors, query, np.ones(NUM, dtype=bool), 15_000)[0]
-    for num_excluded in (1, K, K + 1, 1000, 15_000):
+@pytest.mark.parametrize("k", [K, 200])
+@pytest.mark.parametrize("num_excluded", [1, 5, 21, 100, 1_000, 5_000, 15_000])
+def test_what_is_excluded_near_the_query(ann, vectors, num_excluded, k):
+    queries = vectors[1][:10]
+    best = exact_rows(ann.vectors, queries, np.ones(NUM, dtype=bool), num_excluded)
+    recalls = []
+    for number, query in enumerate(queries):
         mask = np.ones(NUM, dtype=bool)
-        mask[best[:num_excluded]] = False
-        recall = check(ann, query, K, mask)
-        assert recall >= 0.9 or num_excluded > K
+        mask[best[number]] = False
+        recalls.append(check(ann, query[None], k, mask))
+    assert np.mean(recalls) >= 0.95
+    # All of them left out for all the queries at once, as a request of several does.
+    mask = np.ones(NUM, dtype=bool)
+    mask[best] = False
+    assert check(ann, queries, k, mask) >= 0.95
+
+
+def test_the_nearest_excluded_behind_a_filter(ann, vectors):
+    for share in (0.5, 0.1):
+        for name, mask in masks(ann.vectors, share):
+            recalls = []
+            for query in vectors[1][:10]:
+                allowed = mask.copy()
+                allowed[exact_rows(ann.vectors, query[None], mask, 500)[0]] = False
+                recalls.append(check(ann, query[None], K, allowed))
+            assert np.mean(recalls) >= 0.95, name
 
 
 def test_at_the_edges(ann, vectors):
