@@ -64,7 +64,7 @@ class Lists:
 
     def num_candidates(self, k: int) -> int:
         """How many hits of `scan` hold the k best, whose scores may lie closer together than they are exact."""
-        return 2 * k + 20 if self.is_quantised else k
+        return k + k // 4 + 20 if self.is_quantised else k
 
     def reach(self, allowed: RowSet) -> Reach:
         """Where the allowed rows are; made once for a set."""
