@@ -4,6 +4,7 @@ Deliberately does not know items, checkpoints or how the index was chosen. The o
 the search parameters of each kind of index.
 """
 
+import math
 import re
 from functools import cached_property
 from typing import Any
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 
 from index_service.lists import Lists, is_numbered_by_list, number_by_list
 from index_service.plan import IndexPlan, SearchSetting
+from index_service.row_set import RowSet
 from towers.errors import InvalidInputError
 
 _REFINED = re.compile(r"(.+),(?:RFlat|Refine\(Flat\))")
 _BYTES_PER_FLOAT = 4
 _BYTES_PER_ID = 8
+_NUM_SAMPLED = 32
 NPROBE = "nprobe"
 EF_SEARCH = "efSearch"
 K_FACTOR = "k_factor_rf"
@@ -75,6 +78,26 @@ class AnnIndex:
         """The lists of an IVF index whose rows are numbered list by list; None for any other."""
         is_ordered = isinstance(self.base, faiss.IndexIVF) and is_numbered_by_list(self.base)
         return Lists(self.base, self.vectors) if is_ordered else None
+
+    @cached_property
+    def usually_missed(self) -> float:
+        """Better hits that `Lists.expected` expects elsewhere after a search of all rows, over the root of k.
+
+        The median of some rows taken for queries, and the least of all settings.
+        """
+        if self.lists is None:
+            return 0.0
+        rows = np.random.default_rng(0).integers(self.num_items, size=_NUM_SAMPLED)
+        queries = self.vectors[rows]  # [S, D]
+        reach = self.lists.reach(RowSet.everything(self.num_items))
+        list_scores = self.lists.scores(queries, reach)  # [S, L]
+        medians = []
+        for k, knobs in self._knobs:
+            visited = np.argsort(-list_scores, axis=1)[:, : knobs.get(NPROBE)]  # [S, P]
+            thresholds = self.search(queries, k)[0][:, -1]  # [S]
+            expected = self.lists.expected(list_scores, reach, visited, thresholds)  # [S, L]
+            medians.append(float(np.median(expected.sum(axis=1))) / math.sqrt(k))
+        return min(medians, default=0.0)
 
     def num_scanned(self, k: int) -> int:
         """How many rows a search for k looks at, on average; all where there are no lists to choose from."""

@@ -25,9 +25,10 @@ of them to a thirtieth, recall was kept so, and by `_ROWS_PER_HIT` at the least.
 _ROWS_PER_HIT = 10
 _MARGIN = 1.15
 _MISSED = 0.8
-"""So many times the root of k and of the allowed share are the hits that may be expected elsewhere. They are expected
-from how rows lie around their centroids in general, which is several times too many: with this limit recall was above
-0.95 for k from 10 to 500, behind filters of all kinds and without the nearest 30 to 30,000 rows."""
+"""So many times the root of k and of the allowed share are the hits that may be expected elsewhere; more by the factor
+that is usual in this index without a filter, where that is above 1. The expectation is several times too high: with
+this limit recall was above 0.95 for k from 10 to 500, behind filters of all kinds and without the nearest 30 to 30,000
+rows."""
 _TOLERATED = 1.5
 """So many times more may be missed before a second look is worth its time."""
 _CHOICE_IN_ROWS = 3_000
@@ -119,7 +120,7 @@ def _through_lists(
     else:
         scores, rows = _exact_in_lists(ann, lists, embeddings, k, allowed, nearest)
     expected = lists.expected(list_scores, reach, nearest, scores[:, -1])  # [B, L]
-    most_missed = _MISSED * math.sqrt(k * allowed.count / ann.num_items)
+    most_missed = _MISSED * max(1.0, ann.usually_missed) * math.sqrt(k * allowed.count / ann.num_items)
     for i in np.flatnonzero(expected.sum(axis=1) > _TOLERATED * most_missed):
         query = slice(i, i + 1)
         order = np.argsort(expected[i])

@@ -37,7 +37,8 @@ K = 100
 SELECTIVITIES = (0.5, 0.1, 0.01, 0.001)
 TARGET_RECALL = 0.95
 TARGET_RATIO = 2.0
-NUM_EXCLUDED = 50_000
+NEAREST, RANDOM = "nearest", "random"
+EXCLUSIONS = ((NEAREST, 1_000), (NEAREST, 10_000), (RANDOM, 50_000))
 _NUM_QUERIES = 100
 _NUM_REGIONS = 10
 _EXCLUSION_ROUNDS = 10
@@ -88,7 +89,7 @@ def measure(index: ShardIndex, queries: NDArray[np.float32]) -> list[dict[str, A
     faiss.omp_set_num_threads(1)
     kinds = [(kind, selectivity) for selectivity in SELECTIVITIES for kind in ("spread", "region")]
     figures = [_filtered(index, queries, kind, selectivity) for kind, selectivity in kinds]
-    return [*figures, _excluded(index, queries)]
+    return [*figures, *(_excluded(index, queries, which, number) for which, number in EXCLUSIONS)]
 
 
 def _filtered(index: ShardIndex, queries: NDArray[np.float32], kind: str, selectivity: float) -> dict[str, Any]:
@@ -127,16 +128,19 @@ def _filtered(index: ShardIndex, queries: NDArray[np.float32], kind: str, select
     }
 
 
-def _excluded(index: ShardIndex, queries: NDArray[np.float32]) -> dict[str, Any]:
-    """Excluded ids: to find their rows is most of the work, and its time is among the figures."""
+def _excluded(index: ShardIndex, queries: NDArray[np.float32], which: str, num_excluded: int) -> dict[str, Any]:
+    """Excluded ids, as many as half of the items at most; the time to find their rows is among the figures."""
     random = np.random.default_rng(3)
-    num_excluded = min(NUM_EXCLUDED, index.num_items // 2)
+    num_excluded = min(num_excluded, index.num_items // 2)
     seconds: dict[str, list[float]] = {"unfiltered": [], "fresh": [], "lookup": []}
     recalls, is_full = [], []
     for number in range(min(_EXCLUSION_ROUNDS, len(queries))):
         query = queries[number : number + 1]
-        chosen = random.choice(index.num_items, num_excluded, replace=False)
-        excluded = [f"item-{item}" for item in chosen]
+        if which == NEAREST:
+            chosen = np.argpartition(-(index.ann.vectors @ query[0]), num_excluded)[:num_excluded]
+        else:
+            chosen = random.choice(index.num_items, num_excluded, replace=False)
+        excluded = [item_id.decode() for item_id in index.ids.utf8(chosen)]
         _timed(seconds["unfiltered"], index.search, query, K)
         rows = _timed(seconds["lookup"], index.rows_of, excluded)
         hits = _timed(seconds["fresh"], index.search, query, K, None, excluded)
@@ -148,7 +152,7 @@ def _excluded(index: ShardIndex, queries: NDArray[np.float32]) -> dict[str, Any]
     recall = statistics.mean(recalls)
     return {
         "items": index.num_items,
-        "filter": f"{num_excluded:,} excluded ids",
+        "filter": f"without {which} {num_excluded:,}",
         "selectivity": 1 - num_excluded / index.num_items,
         "recall": recall,
         "full": all(is_full),
