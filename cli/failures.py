@@ -15,6 +15,7 @@ INTERRUPTED = 130
 _EXTRAS = {
     "faiss": "index",
     "hiredis": "query",
+    "matplotlib": "plot",
     "onnx": "trainer",
     "onnxscript": "trainer",
     "redis": "query",

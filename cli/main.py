@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli import catalog, demonstration, deploy, retrieve, serve, training, up
+from cli import catalog, demonstration, deploy, index, retrieve, serve, training, up
 
 app = typer.Typer(
     name="twotower",
@@ -50,6 +50,7 @@ for _command in (
 ):
     app.command()(_command)
 app.add_typer(catalog.app, name="catalog")
+app.add_typer(index.app, name="index")
 app.add_typer(serve.app, name="serve")
 
 

@@ -116,6 +116,11 @@ class ArtefactManifest(BaseModel):
         """FAISS factory string."""
         return self.plan.index_type
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all stored files together."""
+        return sum(file.size_bytes for file in self.files.values())
+
 
 @dataclass(frozen=True)
 class LoadedArtefact:
@@ -151,6 +156,42 @@ class ArtefactRef:
     checkpoint_version: int
     catalogue_version: str
     revision: int
+
+
+@dataclass(frozen=True)
+class StoredIndex:
+    """What a store holds in one place."""
+
+    path: str
+    """Of its manifest."""
+    manifest: ArtefactManifest | None
+    problem: str
+    """Why the manifest cannot be read; empty when it can."""
+
+
+def stored_indexes(store: Store) -> list[StoredIndex]:
+    """All stored indexes of all checkpoints, shards and layouts: of each state of the catalogue the one that counts.
+
+    Their files are not read. Checkpoints rise; within a checkpoint so do layouts, shards and states of the catalogue.
+    """
+    newest: dict[str, str] = {}
+    for path in store.files(FOLDER):
+        revision, folder = _revision(path), path.rsplit("/", 1)[0]
+        if revision is not None and revision > (_revision(newest.get(folder, "")) or 0):
+            newest[folder] = path
+    found = []
+    for path in sorted(newest.values(), key=_in_order):
+        try:
+            found.append(StoredIndex(path, _unsealed(path, store.get(path)), ""))
+        except (CorruptArtefactError, NotFoundError) as error:
+            found.append(StoredIndex(path, None, str(error)))
+    return found
+
+
+def _in_order(path: str) -> list[int]:
+    """The numbers in a path, in which the number of shards comes before the shard's own."""
+    numbers = [int(number) for number in re.findall(r"\d+", path)]
+    return [numbers[0], numbers[2], numbers[1], *numbers[3:]]
 
 
 def checkpoint_fingerprint(manifest: Manifest) -> str:

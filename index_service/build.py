@@ -63,6 +63,19 @@ class PreviousIndex:
     plan: IndexPlan
 
 
+@dataclass(frozen=True)
+class EmbeddedShard:
+    """What an index is made of."""
+
+    checkpoint: Manifest
+    catalogue_version: str
+    items: EmbeddedItems
+    validation_queries: NDArray[np.float32] | None
+    """`[V, D]` those of the checkpoint; None where it has none."""
+    golden_difference: float
+    """Of the item tower on this machine."""
+
+
 def build(order: BuildOrder, report: Callable[[float], None]) -> ArtefactManifest:
     """Embeds the shard's items, builds the index and publishes it.
 
@@ -79,28 +92,57 @@ def build(order: BuildOrder, report: Callable[[float], None]) -> ArtefactManifes
         TwoTowerError: the checkpoint, the catalogue or the store does not allow it; the message says why.
     """
     store = Store(order.store)
-    checkpoint, tower, validation_queries = _of_checkpoint(store, order.checkpoint_version)
-    catalogue = Catalogue(store).read(order.catalogue_version)
-    if catalogue.items.num_rows == 0:
-        raise InvalidInputError("the catalogue has no items; load some: twotower catalog load items.parquet")
-    embedded = embed_all(
-        tower,
-        partition(catalogue.items, order.shard, order.num_shards),
+    embedded = embed_shard(
+        store,
+        order.checkpoint_version,
+        order.catalogue_version,
+        order.shard,
+        order.num_shards,
         lambda share: report(share * _EMBEDDING_SHARE),
     )
     artefacts = ArtefactStore(store, order.shard, order.num_shards)
     artefact = artefact_of(
         order,
-        checkpoint,
-        tower.golden_difference,
-        embedded,
-        validation_queries,
-        previous_index(artefacts, order, checkpoint, embedded.items.num_rows),
+        embedded.checkpoint,
+        embedded.golden_difference,
+        embedded.items,
+        embedded.validation_queries,
+        previous_index(artefacts, order, embedded.checkpoint, embedded.items.items.num_rows),
         lambda share: report(_EMBEDDING_SHARE + share * (_INDEX_SHARE - _EMBEDDING_SHARE)),
     )
     manifest = artefacts.put(artefact)
     report(1.0)
     return manifest
+
+
+def embed_shard(
+    store: Store,
+    checkpoint_version: int,
+    catalogue_version: str | None,
+    shard: int,
+    num_shards: int,
+    report: Callable[[float], None],
+) -> EmbeddedShard:
+    """Reads a checkpoint and the catalogue, and embeds the items of a shard.
+
+    Args:
+        store: Where both are.
+        checkpoint_version: Whose item tower embeds.
+        catalogue_version: The state of the catalogue; the one now when left out.
+        shard: Number of the shard.
+        num_shards: How many there are.
+        report: Told the share of the items that is done.
+
+    Raises:
+        CorruptCheckpointError: the checkpoint's item tower is damaged or drifts.
+        TwoTowerError: the checkpoint, the catalogue or the store does not allow it; the message says why.
+    """
+    checkpoint, tower, validation_queries = _of_checkpoint(store, checkpoint_version)
+    catalogue = Catalogue(store).read(catalogue_version)
+    if catalogue.items.num_rows == 0:
+        raise InvalidInputError("the catalogue has no items; load some: twotower catalog load items.parquet")
+    items = embed_all(tower, partition(catalogue.items, shard, num_shards), report)
+    return EmbeddedShard(checkpoint, catalogue.version, items, validation_queries, tower.golden_difference)
 
 
 def artefact_of(

@@ -9,8 +9,8 @@ queries. What makes that bearable for a million items:
   any number of probes reaches, and how many vectors those probes scan.
 - The lists are trained once, and each item's list is found once; every kind with lists shares both.
 - Whole vectors in the lists find what halved ones find; where they scan no faster in the cache, they are not built.
-- A graph is measured on two small samples. Its time grows with the logarithm of the number of items at best; where that
-  already makes it slower than the best so far, it is not built.
+- A graph is measured on two samples. Its time grows with the logarithm of the number of items at best; where that does
+  not leave it clearly faster than the best so far, it is not built.
 """
 
 import itertools
@@ -65,7 +65,11 @@ _TRAINING_VECTORS = 65_536
 _MODEL_QUERIES = 250
 _MODEL_VECTORS = 100_000
 _SCANNED_VECTORS = 20_000
-_GRAPH_SAMPLES = (4_000, 16_000)
+_FEWEST_IN_GRAPH = 16_000
+_MOST_IN_GRAPH = 64_000
+"""A graph is measured on a 16th of the items, and on a quarter of those, within these bounds."""
+_WORTHWHILE = 1.2
+"""A graph is built when it may be faster by this factor: it takes ten times as long to build as anything else."""
 _MOST_PROBES = 8
 """Times the probes that would do without encoding; where these do not reach the target, the encoding is at fault."""
 _TIMED_S = 0.4
@@ -74,6 +78,12 @@ _FEWEST_TIMED = 15
 _MOST_TIMED = 300
 _RESOLUTION = 24
 """A search parameter is found to within one part in so many."""
+
+_SWEEP_STEP = 1.15
+_SWEEP_GAIN = 1e-4
+"""With less gained by a step, nothing more is."""
+_SWEEP_BEGIN = 5
+"""Times the least effort; before that a step that gains nothing means little."""
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +110,11 @@ class Tuned:
 
 
 def tuned(
-    exact: Any, queries: QuerySample, goal: TuningGoal, report: Callable[[float], None] = lambda _: None
+    exact: Any,
+    queries: QuerySample,
+    goal: TuningGoal,
+    report: Callable[[float], None] = lambda _: None,
+    on_built: Callable[[AnnIndex], None] = lambda _: None,
 ) -> Tuned:
     """Builds the cheapest index that reaches the goal.
 
@@ -111,6 +125,7 @@ def tuned(
         queries: What to measure with.
         goal: What to reach.
         report: Told the share of the work that is done.
+        on_built: Given each index that was built, without search settings.
 
     Raises:
         InvalidInputError: nothing reaches the target within the bounds, or the pinned type cannot be built.
@@ -120,8 +135,8 @@ def tuned(
     truth = Truth(exact, queries, max(*MEASURED_KS, goal.target_k))
     report(0.1)
     if goal.index_type is not None:
-        return _pinned(exact, truth, goal)
-    contest = _Contest(exact, truth, goal)
+        return _pinned(exact, truth, goal, on_built)
+    contest = _Contest(exact, truth, goal, on_built)
     contest.enter(AnnIndex(IndexPlan(index_type=EXACT, settings=()), None, exact))
     if exact.ntotal >= max(goal.exact_below, _FEWEST_WITH_LISTS):
         lists = _trained_lists(exact, truth, goal)
@@ -162,7 +177,7 @@ def retuned(base: Any, exact: Any, queries: QuerySample, plan: IndexPlan, goal: 
     return _with_settings(ann, truth, goal, setting)
 
 
-def buildable_types(num_items: int, dim: int) -> list[str]:
+def sweepable_types(num_items: int, dim: int) -> list[str]:
     """Factory strings of all kinds and sizes that `tuned` chooses among, in full, and of neighbours that it leaves out.
 
     For a sweep that shows what the choice is worth.
@@ -202,8 +217,15 @@ def built(index_type: str, exact: Any) -> AnnIndex:
     return ann
 
 
-def sweep(ann: AnnIndex, truth: Truth, k: int) -> Iterator[SearchSetting]:
-    """Recall and latency of one index over its search parameters, from the least effort to the most that helps."""
+def sweep(ann: AnnIndex, truth: Truth, k: int, enough: float = 0.9995) -> Iterator[SearchSetting]:
+    """Recall and latency of one index over its search parameters, from the least effort to the most that helps.
+
+    Args:
+        ann: The index.
+        truth: What to measure with.
+        k: At least 1.
+        enough: The recall at which more effort is of no interest.
+    """
     name = next(iter(ann.limits), None)
     factors: Sequence[int] = K_FACTORS if ann.is_refined else (1,)
     for factor in factors:
@@ -214,12 +236,12 @@ def sweep(ann: AnnIndex, truth: Truth, k: int) -> Iterator[SearchSetting]:
                 knobs[K_FACTOR] = factor
             setting = _measured(ann, truth, k, knobs)
             yield setting
-            if name is None or value >= ann.limits[name] or setting.recall >= 0.9995:
+            if name is None or value >= ann.limits[name] or setting.recall >= enough:
                 break
-            if value > 4 and setting.recall - seen < 1e-4 and setting.recall > 0.5:
+            if setting.recall - seen < _SWEEP_GAIN and value >= _least(ann, k) * _SWEEP_BEGIN:
                 break
             seen = setting.recall
-            value = min(ann.limits[name], max(value + 1, round(value * 1.2)))
+            value = min(ann.limits[name], max(value + 1, round(value * _SWEEP_STEP)))
 
 
 def reaches(truth: Truth, rows: NDArray[np.int64], k: int, target_recall: float) -> bool:
@@ -231,7 +253,8 @@ def reaches(truth: Truth, rows: NDArray[np.int64], k: int, target_recall: float)
 class _Contest:
     """Keeps the cheapest index so far, and why each of the others is not it."""
 
-    def __init__(self, exact: Any, truth: Truth, goal: TuningGoal) -> None:
+    def __init__(self, exact: Any, truth: Truth, goal: TuningGoal, on_built: Callable[[AnnIndex], None]) -> None:
+        self._on_built = on_built
         self._exact = exact
         self._truth = truth
         self._goal = goal
@@ -240,6 +263,7 @@ class _Contest:
 
     def enter(self, ann: AnnIndex) -> None:
         """Measures a kind of index, beside the best so far."""
+        self._on_built(ann)
         index_type = ann.plan.index_type
         knobs = _fastest_knobs(ann, self._truth, self._goal, self._goal.target_k)
         if knobs is None:
@@ -269,18 +293,19 @@ class _Contest:
         if encoding == "Flat" and any(c.index_type == smaller and c.setting is not None for c in self._candidates):
             queries, k = self._truth.queries, self._goal.target_k
             if _scan_time(self._exact, queries, "SQfp16", k) <= _scan_time(self._exact, queries, encoding, k):
-                verdict = f"not built: {smaller} reaches the target, is half as large and scans as fast"
+                verdict = f"not built: {smaller} scans as fast, in half the memory"
                 self._candidates.append(Candidate(index_type, verdict))
                 return
         self.enter(lists.built(index_type))
 
     def enter_graph_unless_hopeless(self) -> None:
         """Builds and measures a graph, unless two samples show that it is slower than the best so far."""
-        num_items = self._exact.ntotal
-        if self._best is not None and num_items > 2 * _GRAPH_SAMPLES[-1]:
-            predicted_s = _predicted_graph_latency_s(self._exact, self._truth.queries, self._goal)
-            if predicted_s > self._best[1].latency_s:
-                verdict = f"not built: samples of it predict {predicted_s * 1e6:.0f} µs at least"
+        if self._best is not None and self._exact.ntotal > 2 * _FEWEST_IN_GRAPH:
+            ann, setting = self._best
+            rival = (ann, parsed_parameters(setting.parameters))
+            ratio = _predicted_graph_ratio(self._exact, self._truth.queries, self._goal, rival)
+            if ratio * _WORTHWHILE > 1:
+                verdict = f"not built: by two samples at least {ratio:.1f} times {ann.plan.index_type}"
                 self._candidates.append(Candidate(GRAPH, verdict))
                 return
         self.enter(built(GRAPH, self._exact))
@@ -403,18 +428,20 @@ def _scan_time(exact: Any, queries: QuerySample, encoding: str, k: int) -> float
     return latencies([(ann, {NPROBE: 1, K_FACTOR: 1})], queries.embeddings, k)[0]
 
 
-def _predicted_graph_latency_s(exact: Any, queries: QuerySample, goal: TuningGoal) -> float:
-    """The least that a search of the whole graph can take, from two samples."""
-    measured = []
-    for size in _GRAPH_SAMPLES:
+def _predicted_graph_ratio(exact: Any, queries: QuerySample, goal: TuningGoal, rival: tuple[AnnIndex, Knobs]) -> float:
+    """The least that a search of the whole graph can take, from two samples, in units of a rival's time."""
+    largest = min(max(exact.ntotal // 16, _FEWEST_IN_GRAPH), _MOST_IN_GRAPH)
+    seconds = []
+    for size in (largest // 4, largest):
         sample = exact_index(_sampled(vectors_of(exact), size))
         # Items of the whole are no items of the sample, so a query that is one need not leave itself out.
         truth = Truth(sample, QuerySample(queries.embeddings[:_MODEL_QUERIES], None), goal.target_k)
         ann = built(GRAPH, sample)
         knobs = _fastest_knobs(ann, truth, goal, goal.target_k) or dict(ann.limits)
-        measured.append(_measured(ann, truth, goal.target_k, knobs).latency_s)
-    per_doubling_s = max(0.0, measured[1] - measured[0]) / math.log2(_GRAPH_SAMPLES[1] / _GRAPH_SAMPLES[0])
-    return measured[1] + per_doubling_s * math.log2(exact.ntotal / _GRAPH_SAMPLES[1])
+        graph_s, rival_s = latencies([(ann, knobs), rival], queries.embeddings, goal.target_k)
+        seconds.append(graph_s)
+    per_doubling_s = max(0.0, seconds[1] - seconds[0]) / 2
+    return (seconds[1] + per_doubling_s * math.log2(exact.ntotal / largest)) / rival_s
 
 
 def _fastest_knobs(ann: AnnIndex, truth: Truth, goal: TuningGoal, k: int) -> Knobs | None:
@@ -499,19 +526,26 @@ def _measured(ann: AnnIndex, truth: Truth, k: int, knobs: Knobs, latency_s: floa
 
 def latencies(searches: Sequence[tuple[AnnIndex, Knobs]], queries: NDArray[np.float32], k: int) -> list[float]:
     """Median seconds of one search for one query with one thread, of each; they take turns, so that noise hits all."""
+    timed = [searched_at(ann, knobs, k) for ann, knobs in searches]
     with _one_thread():
         singles = [np.ascontiguousarray(query[None]) for query in queries]  # Q times [1, D]
         times: list[list[float]] = [[] for _ in searches]
         spent_s = 0.0
         for number, query in enumerate(itertools.islice(itertools.cycle(singles), _MOST_TIMED)):
-            for (ann, knobs), found in zip(searches, times, strict=True):
+            for ann, found in zip(timed, times, strict=True):
                 start_s = time.perf_counter()
-                ann.search_at(knobs, query, k)
+                ann.search(query, k)
                 found.append(time.perf_counter() - start_s)
                 spent_s += found[-1]
             if number >= _FEWEST_TIMED and spent_s > _TIMED_S * len(searches):
                 break
     return [statistics.median(found) for found in times]
+
+
+def searched_at(ann: AnnIndex, knobs: Knobs, k: int) -> AnnIndex:
+    """The index with these search parameters, as it would be served."""
+    setting = SearchSetting(k=k, parameters=written_parameters(knobs), recall=0.0, latency_s=0.0)
+    return AnnIndex(IndexPlan(index_type=ann.plan.index_type, settings=(setting,)), ann.base, ann.exact)
 
 
 @contextmanager
@@ -544,9 +578,10 @@ def _widest_knobs(ann: AnnIndex) -> Knobs:
     return {**ann.limits, **({K_FACTOR: K_FACTORS[-1]} if ann.is_refined else {})}
 
 
-def _pinned(exact: Any, truth: Truth, goal: TuningGoal) -> Tuned:
+def _pinned(exact: Any, truth: Truth, goal: TuningGoal, on_built: Callable[[AnnIndex], None]) -> Tuned:
     assert goal.index_type is not None
     ann = built(goal.index_type, exact)
+    on_built(ann)
     knobs = _fastest_knobs(ann, truth, goal, goal.target_k)
     if knobs is None:
         knobs = _widest_knobs(ann)

@@ -1,0 +1,172 @@
+"""What the choice of an index is worth: `python -m benchmarks.index.tuning`.
+
+Deliberately in one process and without gRPC. For each number of items, dimension and k the index is chosen as a build
+chooses it, with one sample of queries. Held-out queries then tell whether it reaches the target, and an exhaustive
+sweep, over more numbers of lists, codes and all search parameters, tells what the fastest index would have been. The
+sweep may use exactly the target recall on the held-out queries; the choice had to reach it without having seen them.
+Both are timed in turns, one query at a time with one thread.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.index.vectors import clustered
+from index_service.ann import AnnIndex, Knobs, exact_index, parsed_parameters
+from index_service.plan import TuningGoal
+from index_service.recall import QuerySample, Truth
+from index_service.tune import built, latencies, sweep, sweepable_types, tuned
+
+SIZES = (10_000, 100_000, 1_000_000)
+DIMS = (32, 64, 128)
+KS = (10, 100, 500)
+TARGET_RECALL = 0.95
+TARGET_RATIO = 1.2
+_NUM_SEEN = 1000
+_NUM_SWEPT = 1000
+_NUM_HELD_OUT = 4000
+_ROUNDS = 5
+
+Search = tuple[AnnIndex, Knobs]
+
+
+def measure(num_items: int, dim: int, ks: tuple[int, ...], console: Console) -> list[dict[str, Any]]:
+    """The figures of each k for one catalogue."""
+    items, queries = clustered(num_items, dim, _NUM_SEEN + _NUM_HELD_OUT)
+    seen, held_out = queries[:_NUM_SEEN], queries[_NUM_SEEN:]
+    exact = exact_index(items)
+    truth = Truth(exact, QuerySample(held_out, None), max(ks))
+    chosen: dict[int, AnnIndex] = {}
+    tuned_s: dict[int, float] = {}
+    for k in ks:
+        start_s = time.perf_counter()
+        goal = TuningGoal(target_recall=TARGET_RECALL, target_k=k)
+        chosen[k] = tuned(exact, QuerySample(seen, None), goal).ann
+        tuned_s[k] = time.perf_counter() - start_s
+        plan = chosen[k].plan
+        console.print(f"{num_items:,} x {dim}, k {k}: {plan.index_type}, chosen in {tuned_s[k]:.1f} s")
+    best = _best_of_sweep(exact, held_out[:_NUM_SWEPT], ks, console)
+    return [
+        {
+            "items": num_items,
+            "dim": dim,
+            "k": k,
+            "tuned_s": tuned_s[k],
+            **_compared(chosen[k], best[k], truth, held_out, k),
+        }
+        for k in ks
+    ]
+
+
+def _best_of_sweep(
+    exact: Any, queries: NDArray[np.float32], ks: tuple[int, ...], console: Console
+) -> dict[int, Search]:
+    """The fastest search of all that reach the target, for each k."""
+    truth = Truth(exact, QuerySample(queries, None), max(ks))
+    best: dict[int, Search] = {}
+    for index_type in sweepable_types(exact.ntotal, exact.d):
+        start_s = time.perf_counter()
+        ann = built(index_type, exact)
+        found: list[str] = []
+        for k in ks:
+            settings = [setting for setting in sweep(ann, truth, k, TARGET_RECALL) if setting.recall >= TARGET_RECALL]
+            if not settings:
+                found.append(f"k {k}: -")
+                continue
+            fastest = min(settings, key=lambda setting: setting.latency_s)
+            challenger = (ann, parsed_parameters(fastest.parameters))
+            found.append(f"k {k}: {fastest.parameters} {fastest.latency_s * 1e6:.0f} µs")
+            if k not in best or _is_faster(challenger, best[k], queries, k):
+                best[k] = challenger
+        console.print(f"  {index_type}: {'; '.join(found)} ({time.perf_counter() - start_s:.0f} s)")
+    return best
+
+
+def _is_faster(challenger: Search, champion: Search, queries: NDArray[np.float32], k: int) -> bool:
+    first_s, second_s = latencies([challenger, champion], queries, k)
+    return first_s < second_s
+
+
+def _compared(chosen: AnnIndex, best: Search, truth: Truth, held_out: NDArray[np.float32], k: int) -> dict[str, Any]:
+    setting = next(setting for setting in chosen.settings if setting.k == k)
+    knobs = parsed_parameters(setting.parameters)
+    recall, standard_error = truth.recall(chosen.search(held_out, k)[1][: len(held_out)], k)
+    best_ann, best_knobs = best
+    best_recall, _ = truth.recall(best_ann.search_at(best_knobs, held_out, k)[1], k)
+    rounds = [latencies([(chosen, knobs), best], held_out, k) for _ in range(_ROUNDS)]
+    ratio = statistics.median(chosen_s / best_s for chosen_s, best_s in rounds)
+    return {
+        "index_type": chosen.plan.index_type,
+        "parameters": setting.parameters,
+        "recall": recall,
+        "recall_error": standard_error,
+        "latency_s": statistics.median(chosen_s for chosen_s, _ in rounds),
+        "size_bytes": chosen.size_bytes,
+        "best_index_type": best_ann.plan.index_type,
+        "best_parameters": ",".join(f"{name}={value}" for name, value in best_knobs.items()),
+        "best_recall": best_recall,
+        "best_latency_s": statistics.median(best_s for _, best_s in rounds),
+        "ratio": ratio,
+        "recall_reached": recall >= TARGET_RECALL,
+        "ratio_reached": ratio <= TARGET_RATIO,
+    }
+
+
+def shown(figures: list[dict[str, Any]]) -> Table:
+    """All cases as a table."""
+    table = Table(
+        title=f"The chosen index beside the fastest that reaches a recall of {TARGET_RECALL}",
+        caption="recall: of the chosen index on held-out queries; µs: one query, one thread, in turns",
+    )
+    for name in ("items", "dim", "k", "chosen", "recall", "µs", "MB", "fastest of the sweep", "µs", "ratio", "target"):
+        table.add_column(name, justify="left" if name in ("chosen", "fastest of the sweep", "target") else "right")
+    for row in figures:
+        table.add_row(
+            f"{row['items']:,}",
+            str(row["dim"]),
+            str(row["k"]),
+            f"{row['index_type']} {row['parameters']}",
+            f"{row['recall']:.4f}",
+            f"{row['latency_s'] * 1e6:.0f}",
+            f"{row['size_bytes'] / 1e6:.0f}",
+            f"{row['best_index_type']} {row['best_parameters']}",
+            f"{row['best_latency_s'] * 1e6:.0f}",
+            f"{row['ratio']:.2f}",
+            "reached" if row["recall_reached"] and row["ratio_reached"] else "missed",
+        )
+    return table
+
+
+def main() -> None:
+    """Runs from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10,000 items of dimension 32 only")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of items")
+    parser.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions")
+    parser.add_argument("--ks", type=int, nargs="+", default=KS, help="results of a search")
+    parser.add_argument("--threads", type=int, default=faiss.omp_get_max_threads(), help="threads to build with")
+    parser.add_argument("--json", type=Path, help="file for the figures, written after each number of items and dim")
+    options = parser.parse_args()
+    faiss.omp_set_num_threads(options.threads)
+    console = Console(highlight=False, width=160)
+    figures: list[dict[str, Any]] = []
+    for num_items in SIZES[:1] if options.quick else options.sizes:
+        for dim in DIMS[:1] if options.quick else options.dims:
+            figures += measure(num_items, dim, tuple(options.ks), console)
+            console.print(shown(figures))
+            if options.json:
+                reached = all(row["recall_reached"] and row["ratio_reached"] for row in figures)
+                options.json.write_text(json.dumps({"reached": reached, "figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
