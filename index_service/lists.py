@@ -126,7 +126,8 @@ class Lists:
         Returns:
             `[B, L]`
         """
-        above = np.clip(thresholds[:, None] - scores, -_WIDEST, _WIDEST)  # [B, L]
+        # Minus infinity, where fewer than k were found, has no difference from the score of an empty list.
+        above = np.clip(np.maximum(thresholds, -_WIDEST)[:, None] - scores, -_WIDEST, _WIDEST)  # [B, L]
         expected: NDArray[np.float32] = self._shares_above[((above + _WIDEST) * _STEPS).astype(np.int32)]  # [B, L]
         expected *= reach.counts
         query, place = np.nonzero(visited >= 0)

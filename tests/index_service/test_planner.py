@@ -141,6 +141,20 @@ def test_rows_are_numbered_by_list(ann):
     assert nearest.tolist() == own.tolist()
 
 
+def test_where_too_few_were_found_all_that_is_left_is_expected_elsewhere(ann, vectors):
+    if ann.lists is None:
+        return
+    mask = np.zeros(NUM, dtype=bool)
+    mask[: ann.lists.starts[5]] = True
+    reach = ann.lists.reach(RowSet(mask))
+    nothing_found = np.full(2, -np.inf, dtype=np.float32)
+    visited = np.array([[0, -1], [3, 1]])
+    expected = ann.lists.expected(ann.lists.scores(vectors[1][:2], reach), reach, visited, nothing_found)
+    left = np.tile(reach.counts, (2, 1))
+    left[[0, 1, 1], [0, 3, 1]] = 0
+    np.testing.assert_allclose(expected, left, rtol=1e-3)
+
+
 def test_lists_whose_rows_have_other_numbers_are_not_used(vectors):
     base = faiss.index_factory(DIM, "IVF128,SQ8", faiss.METRIC_INNER_PRODUCT)
     base.train(vectors[0])
