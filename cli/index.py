@@ -143,17 +143,12 @@ def _print_inspection(replicas: "list[Replica]", stored: "list[StoredIndex]", co
         for note in [replica.error, *(load.reason for load in replica.loads)]:
             if note:
                 console.print(Text(f"{replica.title} at {replica.address}: {note}"))
-    for title, load in _tunings(replicas).items():
-        print_table(
-            console,
-            f"{title}: {load.index_type} for a recall of {load.target_recall:g} at {load.target_k}, "
-            f"measured with {load.measured_with}",
-            ("up to k", "search parameters", "recall", "µs"),
-            [
-                (str(setting.k), setting.parameters, f"{setting.recall:.4f}", f"{setting.latency_s * 1e6:.0f}")
-                for setting in load.search_settings
-            ],
-        )
+    print_table(
+        console,
+        "How they are searched",
+        ("version", "shard", "target", "measured with", "up to k", "search parameters", "recall", "µs"),
+        _setting_rows(replicas),
+    )
     print_table(
         console,
         "Stored indexes",
@@ -192,14 +187,23 @@ def _recall_of(load: "LoadStatus") -> str:
     return "" if found is None else f"{found:.3f}"
 
 
-def _tunings(replicas: "list[Replica]") -> "dict[str, LoadStatus]":
-    """Search settings by title, those that replicas share only once."""
-    found: dict[str, LoadStatus] = {}
+def _setting_rows(replicas: "list[Replica]") -> list[tuple[str, ...]]:
+    """One row for each k; what replicas share is there once, and what rows share is in the first."""
+    rows: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for replica in replicas:
         for load in replica.loads:
-            if load.search_settings:
-                found.setdefault(f"Version {load.version}, shard {replica.shard}/{replica.num_shards}", load)
-    return found
+            target = f"{load.target_recall:g} at {load.target_k}"
+            index = (str(load.version), f"{replica.shard}/{replica.num_shards}", target, load.measured_with)
+            settings: list[tuple[str, ...]] = [
+                (str(setting.k), setting.parameters, f"{setting.recall:.4f}", f"{setting.latency_s * 1e6:.0f}")
+                for setting in load.search_settings
+            ]
+            rows.setdefault(index, settings)
+    return [
+        (*(index if number == 0 else ("",) * len(index)), *setting)
+        for index, settings in rows.items()
+        for number, setting in enumerate(settings)
+    ]
 
 
 def _stored_row(manifest: "ArtefactManifest") -> tuple[str, ...]:

@@ -174,6 +174,27 @@ def test_status_of_the_running_stack(stack: LocalStack, twotower: Twotower) -> N
     assert "is --store the right one?" not in table
 
 
+def test_the_indexes_of_the_running_stack(stack: LocalStack, twotower: Twotower) -> None:
+    at = ("--store", stack.store, "--shards", ",".join(stack.shard_addresses))
+    seen = twotower("index", "inspect", *at, "--json").json
+    for replica, stored in zip(seen["replicas"], seen["stored"], strict=True):
+        (load,) = replica["versions"]
+        assert (load["index_type"], load["target_recall"], load["target_k"]) == ("Flat", 0.95, 100)
+        assert load["measured_with"] == "item vectors"
+        assert [setting["k"] for setting in load["search_settings"]] == [10, 100, 500, 1000]
+        assert all(setting["recall"] == 1.0 and setting["latency_s"] > 0 for setting in load["search_settings"])
+        assert load["size_bytes"] > load["num_items"] * 8 * 4
+        assert (stored["shard"], stored["num_items"]) == (replica["shard"], load["num_items"])
+    table = twotower("index", "inspect", *at).out
+    for words in (
+        "1 available",
+        "0.95 at 100  item vectors",
+        "Stored indexes",
+        stack.shard_addresses[0],
+    ):
+        assert words in table
+
+
 def test_status_with_another_store_than_the_processes(stack: LocalStack, twotower: Twotower, tmp_path: Path) -> None:
     where = ("--shards", ",".join(stack.shard_addresses), "--query-services", stack.query_address)
     outcome = twotower("status", "--store", str(tmp_path / "another"), *where)
