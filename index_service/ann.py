@@ -50,11 +50,14 @@ class AnnIndex:
         self.dim: int = exact.d
         self.num_items: int = exact.ntotal
         self._index: Any = exact if base is None else base
-        if base is not None and _REFINED.fullmatch(plan.index_type):
-            self._index = faiss.IndexRefine(base, exact)
+        self.is_refined = base is not None and _REFINED.fullmatch(plan.index_type) is not None
+        """Whether the best `k_factor_rf` times k rows of the base are always scored again with the exact vectors."""
+        self.can_refine = self.is_refined or _is_lossy(self._index)
+        """Whether a search with `k_factor_rf` does so."""
+        self._refined: Any = faiss.IndexRefine(base, exact) if self.can_refine else None
         self._knobs = [(setting.k, parsed_parameters(setting.parameters)) for setting in plan.settings]
         self._limits = _limits(self._index)
-        self._prepared = [_parameters(self._index, knobs, None) for _, knobs in self._knobs]
+        self._prepared = [self._search_of(knobs, None) for _, knobs in self._knobs]
 
     @property
     def settings(self) -> tuple[SearchSetting, ...]:
@@ -122,24 +125,20 @@ class AnnIndex:
         if self.num_items == 0:
             return _nothing(len(embeddings), k)
         effort = k if effort_k is None else effort_k
-        parameters = self._parameters(effort, selector)
-        return self._index.search(embeddings, k, params=parameters)  # type: ignore[no-any-return]
+        index, parameters = self._widened(effort, selector)
+        return index.search(embeddings, k, params=parameters)  # type: ignore[no-any-return]
 
     def search_at(
         self, knobs: Knobs, embeddings: NDArray[np.float32], k: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Like `search`, but with these search parameters and not with those of the plan."""
-        return self._index.search(embeddings, k, params=_parameters(self._index, knobs, None))  # type: ignore[no-any-return]
+        index, parameters = self._search_of(knobs, None)
+        return index.search(embeddings, k, params=parameters)  # type: ignore[no-any-return]
 
     @property
     def limits(self) -> Knobs:
         """The search parameters that widen a search, and from where on that changes nothing."""
         return self._limits
-
-    @property
-    def is_refined(self) -> bool:
-        """Whether the best `k_factor_rf` times k rows of the base are scored again with the exact vectors."""
-        return isinstance(self._index, faiss.IndexRefine)
 
     def search_exactly(
         self, embeddings: NDArray[np.float32], k: int, rows: NDArray[np.int64] | None = None
@@ -197,11 +196,16 @@ class AnnIndex:
         quantizer = faiss.clone_index(self.base.quantizer)
         return faiss.IndexIVFFlat(quantizer, self.dim, self.base.nlist, faiss.METRIC_INNER_PRODUCT)
 
-    def _parameters(self, effort_k: int, selector: Any) -> Any:
+    def _widened(self, effort_k: int, selector: Any) -> tuple[Any, Any]:
+        """The FAISS index and the parameters that are right for so many items."""
         for i, (k, knobs) in enumerate(self._knobs):
             if effort_k <= k:
-                return self._prepared[i] if selector is None else _parameters(self._index, knobs, selector)
-        return _parameters(self._index, self._effort(effort_k), selector)
+                return self._prepared[i] if selector is None else self._search_of(knobs, selector)
+        return self._search_of(self._effort(effort_k), selector)
+
+    def _search_of(self, knobs: Knobs, selector: Any) -> tuple[Any, Any]:
+        index = self._refined if self.is_refined or (self.can_refine and K_FACTOR in knobs) else self._index
+        return index, _parameters(index, knobs, selector)
 
     def _effort(self, effort_k: int) -> Knobs:
         """The knobs of the setting for so many items; beyond the last one they grow in proportion."""
@@ -325,6 +329,14 @@ def _innermost(index: Any) -> Any:
     while isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
     return index
+
+
+def _is_lossy(index: Any) -> bool:
+    """Whether an index scores anything but the exact vectors."""
+    inner = _innermost(index)
+    if isinstance(inner, faiss.IndexHNSW):
+        inner = faiss.downcast_index(inner.storage)
+    return not isinstance(inner, faiss.IndexFlat | faiss.IndexIVFFlat)
 
 
 def _limits(index: Any) -> Knobs:

@@ -445,10 +445,16 @@ def _predicted_graph_ratio(exact: Any, queries: QuerySample, goal: TuningGoal, r
 
 
 def _fastest_knobs(ann: AnnIndex, truth: Truth, goal: TuningGoal, k: int) -> Knobs | None:
-    """The search parameters that reach the target recall soonest; None where none do."""
+    """The search parameters that reach the target recall soonest; None where none do.
+
+    Refinement that the kind of index does without is tried only where nothing else reaches the target: codes that tell
+    the hundred best items apart need not tell the ten best apart.
+    """
     name = next(iter(ann.limits), None)
     if not ann.is_refined:
-        return _least_knobs(ann, truth, goal, k, name, {}, {})
+        knobs = _least_knobs(ann, truth, goal, k, name, {}, {})
+        if knobs is not None or not ann.can_refine:
+            return knobs
     options: list[Knobs] = []
     for factor in K_FACTORS:
         knobs = _least_knobs(ann, truth, goal, k, name, {K_FACTOR: factor}, options[0] if options else {})
@@ -575,7 +581,7 @@ def _with_settings(ann: AnnIndex, truth: Truth, goal: TuningGoal, target: Search
 
 
 def _widest_knobs(ann: AnnIndex) -> Knobs:
-    return {**ann.limits, **({K_FACTOR: K_FACTORS[-1]} if ann.is_refined else {})}
+    return {**ann.limits, **({K_FACTOR: K_FACTORS[-1]} if ann.can_refine else {})}
 
 
 def _pinned(exact: Any, truth: Truth, goal: TuningGoal, on_built: Callable[[AnnIndex], None]) -> Tuned:

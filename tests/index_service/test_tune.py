@@ -124,15 +124,34 @@ def test_fewer_items_than_exact_below_are_searched_exactly():
     assert [candidate.index_type for candidate in found.candidates] == ["Flat"]
 
 
-def test_vectors_that_eight_bits_cannot_tell_apart_are_stored_in_more():
-    # Half of the items are so alike that only more than 8 bits in the range of the other half tell them apart.
-    alike = unit_vectors(1, 8, seed=8) + 3e-3 * unit_vectors(1000, 8, seed=9)
+def half_alike(spread: float) -> np.ndarray:
+    """Half of the items are so alike that only more than 8 bits in the range of the other half tell them apart."""
+    alike = unit_vectors(1, 8, seed=8) + spread * unit_vectors(1000, 8, seed=9)
     alike /= np.linalg.norm(alike, axis=1, keepdims=True)
-    items = np.concatenate([unit_vectors(1000, 8, seed=10), alike])
+    return np.concatenate([unit_vectors(1000, 8, seed=10), alike])
+
+
+def test_every_kind_reaches_the_target_where_eight_bits_cannot_tell_vectors_apart():
+    items = half_alike(3e-3)
     found = tuned(exact_index(items), query_sample(items, None), TuningGoal(exact_below=10))
-    verdicts = {candidate.index_type.partition(",")[2]: candidate.verdict for candidate in found.candidates}
-    assert verdicts["SQ8"] == "does not reach a recall of 0.95"
+    settings = {candidate.index_type.partition(",")[2]: candidate.setting for candidate in found.candidates}
+    assert parsed_parameters(settings["SQ8"].parameters)["k_factor_rf"] > 1
     assert all(setting.recall >= 0.95 for setting in found.ann.settings)
+
+
+def test_searches_for_few_items_are_refined_where_the_codes_do_not_tell_them_apart():
+    items = half_alike(0.2)
+    exact, queries = exact_index(items), query_sample(items, None)
+    found = tuned(exact, queries, TuningGoal(index_type="IVF4,SQ8")).ann
+    assert len({"k_factor_rf" in setting.parameters for setting in found.settings}) == 2
+    for setting in found.settings:
+        knobs = parsed_parameters(setting.parameters)
+        truth = Truth(exact, queries, setting.k)
+        plain_rows = found.search_at({"nprobe": 4}, queries.embeddings, truth.asked(setting.k))[1]
+        is_enough = tune.reaches(truth, plain_rows, setting.k, 0.95)
+        assert ("k_factor_rf" in knobs) == (not is_enough)
+        rows = found.search(queries.embeddings, truth.asked(setting.k), setting.k)[1]
+        assert truth.recall(rows, setting.k)[0] >= 0.95
 
 
 def test_bounds_are_kept_and_named_where_nothing_keeps_them():
@@ -179,9 +198,12 @@ def test_any_type_can_be_pinned(index_type):
 
 
 def test_a_pinned_type_that_misses_the_target_is_searched_as_widely_as_it_can(caplog):
-    found = tuned(exact_index(ITEMS), query_sample(ITEMS, SEEN), TuningGoal(index_type="IVF16,PQ2x4fs")).ann
-    assert all(setting.recall < 0.95 and setting.parameters == "nprobe=16" for setting in found.settings[:2])
-    assert "the pinned IVF16,PQ2x4fs does not reach a recall of 0.95" in caplog.text
+    goal = TuningGoal(index_type="IVF16,PQ1x4fs", target_recall=0.9999)
+    found = tuned(exact_index(ITEMS), query_sample(ITEMS, SEEN), goal).ann
+    (setting,) = [setting for setting in found.settings if setting.k == goal.target_k]
+    assert setting.recall < 0.9999
+    assert setting.parameters == "nprobe=16,k_factor_rf=16"
+    assert "the pinned IVF16,PQ1x4fs does not reach a recall of 0.9999" in caplog.text
 
 
 @pytest.mark.parametrize("index_type", ["IVF9000,SQ8", "Nonsense", "PQ7", "IVF10,", "LSH", "NSG4"])
@@ -216,8 +238,8 @@ def test_an_earlier_index_that_will_not_do_is_chosen_anew():
     exact, queries = exact_index(ITEMS), query_sample(ITEMS, SEEN)
     graph = built("HNSW8", exact)
     assert retuned(graph.base, exact, queries, graph.plan, TuningGoal()) is None
-    coarse = built("IVF16,PQ2x4fs", exact)
-    assert retuned(coarse.base, exact, queries, coarse.plan, TuningGoal()) is None
+    coarse = built("IVF16,PQ1x4fs", exact)
+    assert retuned(coarse.base, exact, queries, coarse.plan, TuningGoal(target_recall=0.9999)) is None
     lists = built("IVF16,SQ8", exact)
     assert retuned(lists.base, exact, queries, lists.plan, TuningGoal(max_latency_ms=1e-6)) is None
 
