@@ -48,7 +48,7 @@ CLAIM_RENEWED_EVERY_S = 2.0
 CLAIM_STALE_AFTER_S = 10.0
 CLAIM_POLL_S = 0.5
 _LARGEST_TYPE = "HNSW32"
-"""Of the indexes that a build may try."""
+"""Of the indexes that a build may try where none is pinned."""
 _NUM_WARM_UPS = 16
 _NUM_VERIFIED = 4
 """Of the warm-ups, compared with exact search, which reads every vector."""
@@ -213,7 +213,12 @@ class IndexLoader:
         checkpoint = self._checkpoint(checkpoint_version)
         size = self._catalogue.size(catalogue_version)
         needed = build_bytes(
-            size.num_rows, checkpoint.dim, _LARGEST_TYPE, size.stored_bytes, self._num_shards, _tower_bytes(checkpoint)
+            size.num_rows,
+            checkpoint.dim,
+            self._goal.index_type or _LARGEST_TYPE,
+            size.stored_bytes,
+            self._num_shards,
+            _tower_bytes(checkpoint),
         )
         refuse_beyond(needed, memory_available(), f"building the index of checkpoint {checkpoint_version}")
         newest = self._artefacts.newest_revision(checkpoint_version, catalogue_version)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,8 +26,8 @@ from towers.errors import CorruptArtefactError, StoreUnavailableError, TooLittle
 QUERY = {"user_id": "1", "history": ["2", "3"]}
 
 
-def loader_of(world):
-    return IndexLoader(world.store, 0, 1, TuningGoal())
+def loader_of(world, goal=TuningGoal()):
+    return IndexLoader(world.store, 0, 1, goal)
 
 
 def load(loader, catalogue_version, replaced=None, version=1):
@@ -203,6 +204,19 @@ def test_what_does_not_fit_in_memory_is_refused_before_anything_is_allocated(bui
     assert not built.store.files("indexes/2")
     monkeypatch.undo()
     assert load(loader_of(built), built.catalogue_version).is_from_store
+
+
+def test_a_build_needs_the_memory_of_its_pinned_kind_or_of_the_largest(world, monkeypatch):
+    catalogue_version = world.load_items(toy_items(20_000))
+    world.publish(toy_model(num_items=20_000))
+    monkeypatch.setattr(load_module, "memory_available", lambda: 1000)
+
+    def needed_mib(goal):
+        with pytest.raises(TooLittleMemoryError) as refused:
+            load(loader_of(world, goal), catalogue_version)
+        return int(re.search(r"needs about (\d+) MiB", str(refused.value)).group(1))
+
+    assert needed_mib(TuningGoal(index_type="IVF64,SQ8")) < needed_mib(TuningGoal())
 
 
 def test_reading_ends_when_it_is_no_longer_wanted(built):
