@@ -13,7 +13,7 @@ from index_service.ann import vectors_of
 
 VALIDATION_QUERIES: Literal["validation queries"] = "validation queries"
 ITEM_VECTORS: Literal["item vectors"] = "item vectors"
-MAX_QUERIES = 1000
+MAX_QUERIES = 2000
 FEWEST_QUERIES = 30
 """Fewer validation queries say less than item vectors do."""
 _MEASURED_RESULTS = 250_000

@@ -227,14 +227,15 @@ def measure(num_items: int, dim: int, target_recall: float, console: Console) ->
 
 
 def _in_turns(sides: Sequence[Side], queries: NDArray[np.float32], number: int) -> list[float]:
-    """Median seconds of one query of each side, query by query in turns."""
+    """Median seconds of one query of each side, query by query in turns and in any order."""
     chosen = [queries[(number * _QUERIES_A_ROUND + i) % len(queries)] for i in range(_QUERIES_A_ROUND)]
     seconds: list[list[float]] = [[] for _ in sides]
+    random = np.random.default_rng(number)
     for query in chosen:
-        for side, found in zip(sides, seconds, strict=True):
+        for place in random.permutation(len(sides)).tolist():
             start_s = time.perf_counter()
-            side.search(query)
-            found.append(time.perf_counter() - start_s)
+            sides[place].search(query)
+            seconds[place].append(time.perf_counter() - start_s)
     return [statistics.median(found) for found in seconds]
 
 

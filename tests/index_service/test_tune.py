@@ -70,10 +70,10 @@ def test_validation_queries_are_preferred_where_there_are_enough():
     items = unit_vectors(100, 8)
     assert query_sample(items, None).measured_with == "item vectors"
     assert query_sample(items, items[:10]).measured_with == "item vectors"
-    recorded = unit_vectors(2000, 8, seed=3)
+    recorded = unit_vectors(3000, 8, seed=3)
     sample = query_sample(items, recorded)
     assert sample.measured_with == "validation queries"
-    assert sample.embeddings.shape == (1000, 8)
+    assert sample.embeddings.shape == (2000, 8)
     assert {row.tobytes() for row in sample.embeddings} <= {row.tobytes() for row in recorded}
 
 
