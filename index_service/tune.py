@@ -76,6 +76,8 @@ _TIMED_S = 0.4
 """For each index of a comparison."""
 _FEWEST_TIMED = 15
 _MOST_TIMED = 300
+_OTHER_MEMORY_FLOATS = 2**20
+"""4 MB: more than a core has to itself."""
 _RESOLUTION = 24
 """A search parameter is found to within one part in so many."""
 
@@ -534,7 +536,10 @@ def latencies(searches: Sequence[tuple[AnnIndex, Knobs]], queries: NDArray[np.fl
     """Median seconds of one search for one query with one thread, of each.
 
     They take turns, so that noise hits all, and each time in another order, as a search is faster after one like it.
+    Before each, other memory is used, as it is between the searches of a server: what is near in a cache by luck says
+    little about the next request.
     """
+    other_memory = np.zeros(_OTHER_MEMORY_FLOATS, dtype=np.float32)
     timed = [searched_at(ann, knobs, k) for ann, knobs in searches]
     with _one_thread():
         singles = [np.ascontiguousarray(query[None]) for query in queries]  # Q times [1, D]
@@ -543,6 +548,7 @@ def latencies(searches: Sequence[tuple[AnnIndex, Knobs]], queries: NDArray[np.fl
         spent_s = 0.0
         for number, query in enumerate(itertools.islice(itertools.cycle(singles), _MOST_TIMED)):
             for place in random.permutation(len(timed)).tolist():
+                other_memory += 1.0
                 start_s = time.perf_counter()
                 timed[place].search(query, k)
                 times[place].append(time.perf_counter() - start_s)
