@@ -5,8 +5,8 @@ Deliberately does not know items, checkpoints or where indexes are stored.
 The kinds differ in little that can be told without measuring, so each is built from the items and searched with the
 queries. What makes that bearable for a million items:
 
-- The number of lists is predicted, not tried: from the lists that hold the exact results one knows which share of them
-  any number of probes reaches, and how many vectors those probes scan.
+- The number of lists of many items is predicted, not tried: from the lists that hold the exact results one knows which
+  share of them any number of probes reaches, and how many vectors those probes scan.
 - The lists are trained once, and each item's list is found once; every kind with lists shares both.
 - Whole vectors in the lists find what halved ones find; where they scan no faster in the cache, they are not built.
 - A graph is measured on two samples. Its time grows with the logarithm of the number of items at best; where that does
@@ -55,6 +55,9 @@ _TIE = 0.95
 """Latency ratio above which two kinds are equally fast, and the smaller one is the cheaper."""
 _LISTS_PER_ROOT = (1, 2, 4)
 """Numbers of lists that are considered, in units of the root of the number of items."""
+_FEW = 30_000
+"""For so few items numbers of lists are tried, as building is quick and single probes matter."""
+_LISTS_PER_ROOT_OF_FEW = (0.5, *_LISTS_PER_ROOT)
 _FEWEST_WITH_LISTS = 200
 """Fewer items are scanned sooner than lists are chosen, and do not suffice to train codes with."""
 _VECTORS_PER_LIST = 39
@@ -141,7 +144,8 @@ def tuned(
     contest = _Contest(exact, truth, goal, on_built)
     contest.enter(AnnIndex(IndexPlan(index_type=EXACT, settings=()), None, exact))
     if exact.ntotal >= max(goal.exact_below, _FEWEST_WITH_LISTS):
-        lists = _trained_lists(exact, truth, goal)
+        lists = _measured_lists(exact, truth, goal) if exact.ntotal <= _FEW else None
+        lists = lists or _predicted_lists(exact, truth, goal)
         report(0.5)
         for progress, index_type in enumerate(_encoded_types(lists.num_lists, exact.d)):
             contest.enter_unless_hopeless(index_type, lists)
@@ -184,7 +188,7 @@ def sweepable_types(num_items: int, dim: int) -> list[str]:
 
     For a sweep that shows what the choice is worth.
     """
-    multiples = (0.5, *_LISTS_PER_ROOT, 8)
+    multiples = (*_LISTS_PER_ROOT_OF_FEW, 8)
     list_numbers = sorted({_num_lists(num_items, multiple) for multiple in multiples})
     encoded = [index_type for number in list_numbers for index_type in _encoded_types(number, dim)]
     return [EXACT, *encoded, GRAPH]
@@ -381,7 +385,23 @@ def _trained_quantizer(exact: Any, num_lists: int) -> Any:
     return quantizer
 
 
-def _trained_lists(exact: Any, truth: Truth, goal: TuningGoal) -> _Lists:
+def _measured_lists(exact: Any, truth: Truth, goal: TuningGoal) -> _Lists | None:
+    """The number of lists whose search is the fastest with items in 8 bits; None where these do not do."""
+    numbers = {_num_lists(exact.ntotal, per_root) for per_root in _LISTS_PER_ROOT_OF_FEW}
+    found: list[tuple[_Lists, tuple[AnnIndex, Knobs]]] = []
+    for number in sorted(numbers):
+        lists = _Lists(exact, _trained_quantizer(exact, number))
+        ann = lists.built(f"IVF{number},SQ8")
+        knobs = _fastest_knobs(ann, truth, goal, goal.target_k)
+        if knobs is not None:
+            found.append((lists, (ann, knobs)))
+    if not found:
+        return None
+    measured = latencies([search for _, search in found], truth.queries.embeddings, goal.target_k)
+    return found[int(np.argmin(measured))][0]
+
+
+def _predicted_lists(exact: Any, truth: Truth, goal: TuningGoal) -> _Lists:
     """The number of lists whose search is predicted to be the fastest."""
     vectors = vectors_of(exact)
     k = min(goal.target_k, truth.largest_k)
