@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -383,11 +383,16 @@ def main() -> None:
     """Runs from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK.num_swaps} swaps instead of {FULL.num_swaps}")
+    parser.add_argument("--swaps", type=int, help="so many swaps, of the same size", metavar="COUNT")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
+    if options.swaps is not None and options.swaps < 1:
+        parser.error(f"--swaps {options.swaps}: give at least 1")
+    sizes = QUICK if options.quick else FULL
+    sizes = replace(sizes, num_swaps=options.swaps or sizes.num_swaps)
     console = Console()
     with tempfile.TemporaryDirectory(prefix="swaps-") as folder:
-        figures = measure(QUICK if options.quick else FULL, Path(folder), console)
+        figures = measure(sizes, Path(folder), console)
     _report(figures, console)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
