@@ -1,0 +1,1 @@
+"""Benchmarks of the query service and of the index server; each takes `--quick` and `--json FILE`."""
