@@ -56,6 +56,8 @@ FIRST_REVISION = 1
 CHUNK_BYTES = 8 * 2**20
 NUM_UNNAMED_KEPT = 2
 """Checkpoints that no deployment record names any longer and whose indexes stay all the same."""
+MOST_NAMED = 10_000
+"""Items: their ids and reasons keep the manifest around a megabyte."""
 _CLAIM = "claim"
 """Folder of the claim; a catalogue's folder begins with a "v"."""
 _PIECE_BYTES = 2 * 2**20
@@ -96,6 +98,8 @@ class ArtefactManifest(BaseModel):
     dim: int = Field(ge=1)
     num_items: int = Field(ge=0)
     num_quarantined: int
+    quarantined: Mapping[str, str] = {}
+    """Items left out because they could not be embedded, each with the reason: the first `MOST_NAMED` of them."""
     plan: IndexPlan
     goal: TuningGoal
     """What the plan was to reach."""

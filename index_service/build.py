@@ -6,6 +6,7 @@ JSON object a line, for the process that started it.
 
 import argparse
 import ctypes
+import itertools
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from index_service.ann import AnnIndex, exact_index, in_order_of_lists
 from index_service.artefact import (
+    MOST_NAMED,
     ArtefactManifest,
     ArtefactStore,
     LoadedArtefact,
@@ -184,6 +186,7 @@ def artefact_of(
         dim=checkpoint.dim,
         num_items=embedded.items.num_rows,
         num_quarantined=len(embedded.quarantined),
+        quarantined=dict(itertools.islice(embedded.quarantined.items(), MOST_NAMED)),
         plan=ann.plan,
         goal=order.goal,
         measured_with=queries.measured_with,

@@ -7,7 +7,7 @@ out of parts of the last, so requests and updates never wait for each other.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -58,8 +58,8 @@ class LiveView:
     sealed: Segment
     sealed_alive: RowSet
     newest: Segment
-    quarantined_ids: frozenset[str] = field(default_factory=frozenset)
-    """Items that an update could not embed."""
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    """Items that an update could not embed, each with the reason."""
     num_commits: int = 0
     """Of the catalogue's log, between the built index and this state."""
 
@@ -125,26 +125,35 @@ class LiveView:
             InvalidInputError: the embeddings have another dimension, are not finite or are longer than 1, k is below
                 1, or the condition names an attribute that is not filterable or holds another kind of value.
         """
+        (_, allowed), *later = self.allowed(condition, excluded_item_ids)
+        found = [self.base.search_rows(embeddings, k, allowed)]
+        embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+        for (segment, allowed), (_, _, first_row) in zip(later, self._segments, strict=True):
+            if segment.num_items == 0:
+                continue
+            scores, rows = search_allowed(segment.ann, embeddings, k, allowed)  # [B, K], [B, K]
+            found.append(Hits(np.full(len(rows), rows.shape[1]), scores.ravel(), rows.ravel() + first_row))
+        return _best(found, k)
+
+    def allowed(
+        self, condition: Condition | None, excluded_item_ids: Sequence[str]
+    ) -> list[tuple[ShardIndex | Segment, RowSet]]:
+        """Each part, and which of its own rows may be returned; arguments and errors as of `search`."""
         allowed = self.alive
         if condition is not None:
             matching = self.base.attributes.matching(condition)
             for level in self.patches.levels:
                 matching = level.patched(matching, condition)
             allowed &= matching
-        excluded = WantedIds(excluded_item_ids)
+        parts: list[tuple[ShardIndex | Segment, RowSet]] = [(self.base, allowed)]
+        for segment, alive, _ in self._segments:
+            if condition is not None and segment.num_items:
+                alive &= segment.attributes.matching(condition)
+            parts.append((segment, alive))
         if excluded_item_ids:
-            allowed -= RowSet.of_rows(self.base.ids.find(excluded), self.base.num_items)
-        found = [self.base.search_rows(embeddings, k, allowed)]
-        embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-        for segment, alive, first_row in self._segments:
-            if segment.num_items == 0:
-                continue
-            allowed = alive if condition is None else alive & segment.attributes.matching(condition)
-            if excluded_item_ids:
-                allowed -= RowSet.of_rows(segment.ids.find(excluded), segment.num_items)
-            scores, rows = search_allowed(segment.ann, embeddings, k, allowed)  # [B, K], [B, K]
-            found.append(Hits(np.full(len(rows), rows.shape[1]), scores.ravel(), rows.ravel() + first_row))
-        return _best(found, k)
+            excluded = WantedIds(excluded_item_ids)
+            parts = [(part, rows - RowSet.of_rows(part.ids.find(excluded), part.num_items)) for part, rows in parts]
+        return parts
 
     def packed_ids(self, rows: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
         """UTF-8 ids of rows, one after another without a separator, and `[H]` the size of each in bytes."""
@@ -253,7 +262,7 @@ class LiveIndex:
     @property
     def num_quarantined(self) -> int:
         """Items left out because they could not be embedded."""
-        return self.base.manifest.num_quarantined + len(self.view.quarantined_ids)
+        return self.base.manifest.num_quarantined + len(self.view.quarantined)
 
     @property
     def size_bytes(self) -> int:
@@ -328,7 +337,7 @@ class LiveIndex:
             sealed=sealed_part,
             sealed_alive=sealed_alive,
             newest=newest,
-            quarantined_ids=view.quarantined_ids.difference(changed_ids).union(embedded.quarantined),
+            quarantined={**_others(view.quarantined, changed_ids), **embedded.quarantined},
             num_commits=num_commits,
         )
         # The first search of a view makes what the others reuse: counts of what is alive in each list.
@@ -375,6 +384,11 @@ class _Found:
         if name not in self.source.attributes.names and not is_absent:
             return [_UNKNOWN] * len(items)
         return values_of(self.source.attributes, name, self.rows[items])
+
+
+def _others(quarantined: Mapping[str, str], changed_ids: Collection[str]) -> Mapping[str, str]:
+    changed = set(changed_ids) if quarantined else ()
+    return {item_id: reason for item_id, reason in quarantined.items() if item_id not in changed}
 
 
 def _without(alive: RowSet, rows: NDArray[np.int64]) -> RowSet:

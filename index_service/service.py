@@ -4,6 +4,7 @@ Deliberately does not know how versions come and go. The one place of this room 
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 
 from index_service.filter_message import condition_of
 from index_service.live import LiveView
+from index_service.rank import standing
 from index_service.versions import State, Versions, VersionStatus
 from towers.errors import DeadlineError, InvalidInputError, WrongShardError
 
@@ -57,15 +59,19 @@ class IndexServicer(index_service_pb2_grpc.IndexServiceServicer):
         self, request: index_service_pb2.SearchRequest, context: _Context
     ) -> index_service_pb2.SearchResponse:
         """Returns the k best items of this shard for each query embedding."""
-        if (request.shard, request.num_shards) != (self._shard, self._num_shards):
-            raise WrongShardError(
-                f"this is shard {self._shard} of {self._num_shards}, the request is for shard {request.shard} of "
-                f"{request.num_shards}; correct the caller's list of shards"
-            )
-        remaining_s = context.time_remaining()
-        deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
+        self._require_place(request)
+        deadline_s = _deadline_s(context)
         with self._versions.pin(request.checkpoint_version) as view:
             return await self._in_executor(lambda: _answer(view, request, deadline_s))
+
+    async def RankItem(  # noqa: N802
+        self, request: index_service_pb2.RankItemRequest, context: _Context
+    ) -> index_service_pb2.RankItemResponse:
+        """Returns the exact score of one item and how many items of this shard are better, without the index."""
+        self._require_place(request)
+        deadline_s = _deadline_s(context)
+        with self._versions.pin(request.checkpoint_version) as view:
+            return await self._in_executor(lambda: _ranked(view, request, deadline_s))
 
     async def GetShardStatus(  # noqa: N802
         self,
@@ -80,6 +86,13 @@ class IndexServicer(index_service_pb2_grpc.IndexServiceServicer):
             versions=[_status_message(status) for status in self._versions.statuses()],
         )
 
+    def _require_place(self, request: index_service_pb2.SearchRequest | index_service_pb2.RankItemRequest) -> None:
+        if (request.shard, request.num_shards) != (self._shard, self._num_shards):
+            raise WrongShardError(
+                f"this is shard {self._shard} of {self._num_shards}, the request is for shard {request.shard} of "
+                f"{request.num_shards}; correct the caller's list of shards"
+            )
+
     async def _in_executor(self, work: Callable[[], _Result]) -> _Result:
         future = self._executor.submit(work)
         try:
@@ -90,11 +103,23 @@ class IndexServicer(index_service_pb2_grpc.IndexServiceServicer):
                 await asyncio.wait((asyncio.wrap_future(future),))
 
 
+def _deadline_s(context: _Context) -> float | None:
+    """On the monotonic clock; None where there is none."""
+    remaining_s = context.time_remaining()
+    return None if remaining_s is None else time.monotonic() + remaining_s
+
+
+def _require_time(deadline_s: float | None) -> None:
+    if deadline_s is not None and time.monotonic() >= deadline_s:
+        raise DeadlineError("the deadline passed before the search began")
+
+
 def _answer(
     view: LiveView, request: index_service_pb2.SearchRequest, deadline_s: float | None
 ) -> index_service_pb2.SearchResponse:
-    if deadline_s is not None and time.monotonic() >= deadline_s:
-        raise DeadlineError("the deadline passed before the search began")
+    _require_time(deadline_s)
+    if not 1 <= request.k <= MAX_K:
+        raise InvalidInputError(f"k is {request.k}; ask for 1 to {MAX_K}")
     embeddings = _embeddings(request, view.dim)
     condition = condition_of(request.filter) if request.HasField("filter") else None
     num_hits = request.num_queries * min(request.k, view.num_items)
@@ -118,11 +143,45 @@ def _answer(
     )
 
 
-def _embeddings(request: index_service_pb2.SearchRequest, dim: int) -> NDArray[np.float32]:
+def _ranked(
+    view: LiveView, request: index_service_pb2.RankItemRequest, deadline_s: float | None
+) -> index_service_pb2.RankItemResponse:
+    _require_time(deadline_s)
+    if not request.item_id:
+        raise InvalidInputError("item_id is empty; name the item")
+    if not math.isfinite(request.score):
+        raise InvalidInputError(f"score is {request.score}; expected a finite number")
+    found = standing(
+        view,
+        _embeddings(request, view.dim),
+        request.item_id,
+        condition_of(request.filter) if request.HasField("filter") else None,
+        request.excluded_item_ids,
+        request.score if request.HasField("score") else None,
+    )
+    if found.scores is not None:
+        state = index_service_pb2.ITEM_STATE_HELD
+    elif found.quarantine_reason is not None:
+        state = index_service_pb2.ITEM_STATE_QUARANTINED
+    else:
+        state = index_service_pb2.ITEM_STATE_NOT_HELD
+    return index_service_pb2.RankItemResponse(
+        state=state,
+        quarantine_reason=found.quarantine_reason or "",
+        meets_filter=found.meets_condition,
+        scores=b"" if found.scores is None else found.scores.astype("<f4").tobytes(),
+        num_better=found.num_better,
+        num_counted=found.num_counted,
+        checkpoint_version=view.checkpoint_version,
+        catalogue_version=view.catalogue_version,
+    )
+
+
+def _embeddings(
+    request: index_service_pb2.SearchRequest | index_service_pb2.RankItemRequest, dim: int
+) -> NDArray[np.float32]:
     if request.num_queries < 1:
         raise InvalidInputError(f"num_queries is {request.num_queries}; send at least 1")
-    if not 1 <= request.k <= MAX_K:
-        raise InvalidInputError(f"k is {request.k}; ask for 1 to {MAX_K}")
     size, right_size = len(request.query_embeddings), 4 * request.num_queries * dim
     if size != right_size:
         raise InvalidInputError(

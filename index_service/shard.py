@@ -105,6 +105,20 @@ class ShardIndex:
             InvalidInputError: the embeddings have another dimension, are not finite or are longer than 1, or k is
                 below 1.
         """
+        self.require_queries(embeddings)
+        if k < 1:
+            raise InvalidInputError(f"k is {k}; ask for at least 1")
+        embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
+        scores, rows = search_allowed(self.ann, embeddings, k, allowed)  # [B, K], [B, K]
+        # There are always as many as allowed, up to k.
+        return Hits(np.full(len(rows), rows.shape[1]), scores.reshape(-1), rows.reshape(-1))
+
+    def require_queries(self, embeddings: NDArray[np.float32]) -> None:
+        """Refuses what cannot be the embeddings of queries.
+
+        Raises:
+            InvalidInputError: they have another dimension, are not finite or are longer than 1.
+        """
         # FAISS itself only asserts these, and under `python -O` it would read out of bounds.
         if embeddings.ndim != 2 or embeddings.shape[1] != self.manifest.dim:
             raise InvalidInputError(
@@ -115,12 +129,6 @@ class ShardIndex:
             raise InvalidInputError("query_embeddings: not all numbers are finite")
         if (np.einsum("bd,bd->b", embeddings, embeddings) > _LARGEST_SQUARED_NORM).any():
             raise InvalidInputError("query_embeddings: the rows must be unit vectors")
-        if k < 1:
-            raise InvalidInputError(f"k is {k}; ask for at least 1")
-        embeddings = np.ascontiguousarray(embeddings, dtype=np.float32)
-        scores, rows = search_allowed(self.ann, embeddings, k, allowed)  # [B, K], [B, K]
-        # There are always as many as allowed, up to k.
-        return Hits(np.full(len(rows), rows.shape[1]), scores.reshape(-1), rows.reshape(-1))
 
     def rows_of(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """Rows of those ids that this shard holds, each once, rising."""

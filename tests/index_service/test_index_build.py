@@ -70,6 +70,7 @@ def test_an_item_whose_embedding_is_not_finite_is_quarantined(world, caplog):
     world.load_items()
     manifest = build(order_of(world), lambda _: None)
     assert (manifest.num_items, manifest.num_quarantined) == (48, 2)
+    assert manifest.quarantined == dict.fromkeys(("8", "30"), "its embedding is not finite")
     assert "item '8' is quarantined: its embedding is not finite" in caplog.text
     assert "item '30' is quarantined" in caplog.text
     index = loaded(world, order_of(world))

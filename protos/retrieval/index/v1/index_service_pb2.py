@@ -26,7 +26,7 @@ from retrieval.feature.v1 import feature_pb2 as retrieval_dot_feature_dot_v1_dot
 from retrieval.feature.v1 import filter_pb2 as retrieval_dot_feature_dot_v1_dot_filter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&retrieval/index/v1/index_service.proto\x12\x12retrieval.index.v1\x1a\"retrieval/feature/v1/feature.proto\x1a!retrieval/feature/v1/filter.proto\"\xea\x01\n\rSearchRequest\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x18\n\x10query_embeddings\x18\x02 \x01(\x0c\x12\x13\n\x0bnum_queries\x18\x03 \x01(\x05\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x05 \x03(\t\x12\x17\n\x0f\x61ttribute_names\x18\x06 \x03(\t\x12\r\n\x05shard\x18\x07 \x01(\x05\x12\x12\n\nnum_shards\x18\x08 \x01(\x05\x12,\n\x06\x66ilter\x18\t \x01(\x0b\x32\x1c.retrieval.feature.v1.Filter\"\xcf\x01\n\x0eSearchResponse\x12\x12\n\nhit_counts\x18\x01 \x01(\x0c\x12\x0e\n\x06scores\x18\x02 \x01(\x0c\x12\x10\n\x08item_ids\x18\x03 \x01(\x0c\x12\x15\n\ritem_id_sizes\x18\x04 \x01(\x0c\x12\x39\n\nattributes\x18\x05 \x03(\x0b\x32%.retrieval.feature.v1.AttributeColumn\x12\x1a\n\x12\x63heckpoint_version\x18\x06 \x01(\x03\x12\x19\n\x11\x63\x61talogue_version\x18\x07 \x01(\t\"\x17\n\x15GetShardStatusRequest\"\x8d\x01\n\x16GetShardStatusResponse\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x12\n\nnum_shards\x18\x02 \x01(\x05\x12\x1b\n\x13\x64\x65ployment_revision\x18\x03 \x01(\x03\x12\x33\n\x08versions\x18\x04 \x03(\x0b\x32!.retrieval.index.v1.VersionStatus\"\xcb\x04\n\rVersionStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .retrieval.index.v1.VersionState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08progress\x18\x04 \x01(\x01\x12\x19\n\x11\x63\x61talogue_version\x18\x05 \x01(\t\x12\x11\n\tnum_items\x18\x06 \x01(\x03\x12\x17\n\x0fnum_quarantined\x18\x07 \x01(\x03\x12\x12\n\nindex_type\x18\x08 \x01(\t\x12\x12\n\nsize_bytes\x18\t \x01(\x03\x12\x19\n\x11loaded_from_store\x18\n \x01(\x08\x12\x19\n\x11golden_difference\x18\x0b \x01(\x01\x12\x12\n\nis_corrupt\x18\x0c \x01(\x08\x12:\n\x0fsearch_settings\x18\r \x03(\x0b\x32!.retrieval.index.v1.SearchSetting\x12\x15\n\rtarget_recall\x18\x0e \x01(\x01\x12\x15\n\rmeasured_with\x18\x0f \x01(\t\x12\x17\n\x0fnum_delta_items\x18\x10 \x01(\x03\x12\x16\n\x0enum_tombstones\x18\x11 \x01(\x03\x12\x1f\n\x17\x62uilt_catalogue_version\x18\x12 \x01(\t\x12\x17\n\x0fitem_similarity\x18\x13 \x01(\x01\x12\x12\n\nscore_mean\x18\x14 \x01(\x01\x12\x17\n\x0fscore_deviation\x18\x15 \x01(\x01\x12\x10\n\x08target_k\x18\x16 \x01(\x05\"Q\n\rSearchSetting\x12\t\n\x01k\x18\x01 \x01(\x05\x12\x12\n\nparameters\x18\x02 \x01(\t\x12\x0e\n\x06recall\x18\x03 \x01(\x01\x12\x11\n\tlatency_s\x18\x04 \x01(\x01\"\xac\x01\n\x04Item\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12<\n\nattributes\x18\x02 \x03(\x0b\x32(.retrieval.index.v1.Item.AttributesEntry\x1aU\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x31\n\x05value\x18\x02 \x01(\x0b\x32\".retrieval.feature.v1.FeatureValue:\x02\x38\x01\"=\n\x12UpsertItemsRequest\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.retrieval.index.v1.Item\"[\n\x13UpsertItemsResponse\x12\x11\n\tnum_items\x18\x01 \x01(\x03\x12\x16\n\x0enum_duplicates\x18\x02 \x01(\x03\x12\x19\n\x11\x63\x61talogue_version\x18\x03 \x01(\t\"&\n\x12\x44\x65leteItemsRequest\x12\x10\n\x08item_ids\x18\x01 \x03(\t\"C\n\x13\x44\x65leteItemsResponse\x12\x11\n\tnum_items\x18\x01 \x01(\x03\x12\x19\n\x11\x63\x61talogue_version\x18\x02 \x01(\t*\xb8\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16VERSION_STATE_BUILDING\x10\x01\x12\x19\n\x15VERSION_STATE_LOADING\x10\x02\x12\x1b\n\x17VERSION_STATE_AVAILABLE\x10\x03\x12\x1b\n\x17VERSION_STATE_UNLOADING\x10\x04\x12\x18\n\x14VERSION_STATE_FAILED\x10\x05\x32\xc8\x01\n\x0cIndexService\x12O\n\x06Search\x12!.retrieval.index.v1.SearchRequest\x1a\".retrieval.index.v1.SearchResponse\x12g\n\x0eGetShardStatus\x12).retrieval.index.v1.GetShardStatusRequest\x1a*.retrieval.index.v1.GetShardStatusResponse2\xd0\x01\n\x0e\x43\x61talogService\x12^\n\x0bUpsertItems\x12&.retrieval.index.v1.UpsertItemsRequest\x1a\'.retrieval.index.v1.UpsertItemsResponse\x12^\n\x0b\x44\x65leteItems\x12&.retrieval.index.v1.DeleteItemsRequest\x1a\'.retrieval.index.v1.DeleteItemsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&retrieval/index/v1/index_service.proto\x12\x12retrieval.index.v1\x1a\"retrieval/feature/v1/feature.proto\x1a!retrieval/feature/v1/filter.proto\"\xea\x01\n\rSearchRequest\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x18\n\x10query_embeddings\x18\x02 \x01(\x0c\x12\x13\n\x0bnum_queries\x18\x03 \x01(\x05\x12\t\n\x01k\x18\x04 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x05 \x03(\t\x12\x17\n\x0f\x61ttribute_names\x18\x06 \x03(\t\x12\r\n\x05shard\x18\x07 \x01(\x05\x12\x12\n\nnum_shards\x18\x08 \x01(\x05\x12,\n\x06\x66ilter\x18\t \x01(\x0b\x32\x1c.retrieval.feature.v1.Filter\"\xcf\x01\n\x0eSearchResponse\x12\x12\n\nhit_counts\x18\x01 \x01(\x0c\x12\x0e\n\x06scores\x18\x02 \x01(\x0c\x12\x10\n\x08item_ids\x18\x03 \x01(\x0c\x12\x15\n\ritem_id_sizes\x18\x04 \x01(\x0c\x12\x39\n\nattributes\x18\x05 \x03(\x0b\x32%.retrieval.feature.v1.AttributeColumn\x12\x1a\n\x12\x63heckpoint_version\x18\x06 \x01(\x03\x12\x19\n\x11\x63\x61talogue_version\x18\x07 \x01(\t\"\xf7\x01\n\x0fRankItemRequest\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x18\n\x10query_embeddings\x18\x02 \x01(\x0c\x12\x13\n\x0bnum_queries\x18\x03 \x01(\x05\x12\x0f\n\x07item_id\x18\x04 \x01(\t\x12\x19\n\x11\x65xcluded_item_ids\x18\x05 \x03(\t\x12,\n\x06\x66ilter\x18\x06 \x01(\x0b\x32\x1c.retrieval.feature.v1.Filter\x12\r\n\x05shard\x18\x07 \x01(\x05\x12\x12\n\nnum_shards\x18\x08 \x01(\x05\x12\x12\n\x05score\x18\t \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_score\"\xe1\x01\n\x10RankItemResponse\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.retrieval.index.v1.ItemState\x12\x19\n\x11quarantine_reason\x18\x02 \x01(\t\x12\x14\n\x0cmeets_filter\x18\x03 \x01(\x08\x12\x0e\n\x06scores\x18\x04 \x01(\x0c\x12\x12\n\nnum_better\x18\x05 \x01(\x03\x12\x13\n\x0bnum_counted\x18\x06 \x01(\x03\x12\x1a\n\x12\x63heckpoint_version\x18\x07 \x01(\x03\x12\x19\n\x11\x63\x61talogue_version\x18\x08 \x01(\t\"\x17\n\x15GetShardStatusRequest\"\x8d\x01\n\x16GetShardStatusResponse\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x12\n\nnum_shards\x18\x02 \x01(\x05\x12\x1b\n\x13\x64\x65ployment_revision\x18\x03 \x01(\x03\x12\x33\n\x08versions\x18\x04 \x03(\x0b\x32!.retrieval.index.v1.VersionStatus\"\xcb\x04\n\rVersionStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .retrieval.index.v1.VersionState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08progress\x18\x04 \x01(\x01\x12\x19\n\x11\x63\x61talogue_version\x18\x05 \x01(\t\x12\x11\n\tnum_items\x18\x06 \x01(\x03\x12\x17\n\x0fnum_quarantined\x18\x07 \x01(\x03\x12\x12\n\nindex_type\x18\x08 \x01(\t\x12\x12\n\nsize_bytes\x18\t \x01(\x03\x12\x19\n\x11loaded_from_store\x18\n \x01(\x08\x12\x19\n\x11golden_difference\x18\x0b \x01(\x01\x12\x12\n\nis_corrupt\x18\x0c \x01(\x08\x12:\n\x0fsearch_settings\x18\r \x03(\x0b\x32!.retrieval.index.v1.SearchSetting\x12\x15\n\rtarget_recall\x18\x0e \x01(\x01\x12\x15\n\rmeasured_with\x18\x0f \x01(\t\x12\x17\n\x0fnum_delta_items\x18\x10 \x01(\x03\x12\x16\n\x0enum_tombstones\x18\x11 \x01(\x03\x12\x1f\n\x17\x62uilt_catalogue_version\x18\x12 \x01(\t\x12\x17\n\x0fitem_similarity\x18\x13 \x01(\x01\x12\x12\n\nscore_mean\x18\x14 \x01(\x01\x12\x17\n\x0fscore_deviation\x18\x15 \x01(\x01\x12\x10\n\x08target_k\x18\x16 \x01(\x05\"Q\n\rSearchSetting\x12\t\n\x01k\x18\x01 \x01(\x05\x12\x12\n\nparameters\x18\x02 \x01(\t\x12\x0e\n\x06recall\x18\x03 \x01(\x01\x12\x11\n\tlatency_s\x18\x04 \x01(\x01\"\xac\x01\n\x04Item\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12<\n\nattributes\x18\x02 \x03(\x0b\x32(.retrieval.index.v1.Item.AttributesEntry\x1aU\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x31\n\x05value\x18\x02 \x01(\x0b\x32\".retrieval.feature.v1.FeatureValue:\x02\x38\x01\"=\n\x12UpsertItemsRequest\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.retrieval.index.v1.Item\"[\n\x13UpsertItemsResponse\x12\x11\n\tnum_items\x18\x01 \x01(\x03\x12\x16\n\x0enum_duplicates\x18\x02 \x01(\x03\x12\x19\n\x11\x63\x61talogue_version\x18\x03 \x01(\t\"&\n\x12\x44\x65leteItemsRequest\x12\x10\n\x08item_ids\x18\x01 \x03(\t\"C\n\x13\x44\x65leteItemsResponse\x12\x11\n\tnum_items\x18\x01 \x01(\x03\x12\x19\n\x11\x63\x61talogue_version\x18\x02 \x01(\t*q\n\tItemState\x12\x1a\n\x16ITEM_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fITEM_STATE_HELD\x10\x01\x12\x1a\n\x16ITEM_STATE_QUARANTINED\x10\x02\x12\x17\n\x13ITEM_STATE_NOT_HELD\x10\x03*\xb8\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16VERSION_STATE_BUILDING\x10\x01\x12\x19\n\x15VERSION_STATE_LOADING\x10\x02\x12\x1b\n\x17VERSION_STATE_AVAILABLE\x10\x03\x12\x1b\n\x17VERSION_STATE_UNLOADING\x10\x04\x12\x18\n\x14VERSION_STATE_FAILED\x10\x05\x32\x9f\x02\n\x0cIndexService\x12O\n\x06Search\x12!.retrieval.index.v1.SearchRequest\x1a\".retrieval.index.v1.SearchResponse\x12U\n\x08RankItem\x12#.retrieval.index.v1.RankItemRequest\x1a$.retrieval.index.v1.RankItemResponse\x12g\n\x0eGetShardStatus\x12).retrieval.index.v1.GetShardStatusRequest\x1a*.retrieval.index.v1.GetShardStatusResponse2\xd0\x01\n\x0e\x43\x61talogService\x12^\n\x0bUpsertItems\x12&.retrieval.index.v1.UpsertItemsRequest\x1a\'.retrieval.index.v1.UpsertItemsResponse\x12^\n\x0b\x44\x65leteItems\x12&.retrieval.index.v1.DeleteItemsRequest\x1a\'.retrieval.index.v1.DeleteItemsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,34 +35,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ITEM_ATTRIBUTESENTRY']._loaded_options = None
   _globals['_ITEM_ATTRIBUTESENTRY']._serialized_options = b'8\001'
-  _globals['_VERSIONSTATE']._serialized_start=1863
-  _globals['_VERSIONSTATE']._serialized_end=2047
+  _globals['_ITEMSTATE']._serialized_start=2340
+  _globals['_ITEMSTATE']._serialized_end=2453
+  _globals['_VERSIONSTATE']._serialized_start=2456
+  _globals['_VERSIONSTATE']._serialized_end=2640
   _globals['_SEARCHREQUEST']._serialized_start=134
   _globals['_SEARCHREQUEST']._serialized_end=368
   _globals['_SEARCHRESPONSE']._serialized_start=371
   _globals['_SEARCHRESPONSE']._serialized_end=578
-  _globals['_GETSHARDSTATUSREQUEST']._serialized_start=580
-  _globals['_GETSHARDSTATUSREQUEST']._serialized_end=603
-  _globals['_GETSHARDSTATUSRESPONSE']._serialized_start=606
-  _globals['_GETSHARDSTATUSRESPONSE']._serialized_end=747
-  _globals['_VERSIONSTATUS']._serialized_start=750
-  _globals['_VERSIONSTATUS']._serialized_end=1337
-  _globals['_SEARCHSETTING']._serialized_start=1339
-  _globals['_SEARCHSETTING']._serialized_end=1420
-  _globals['_ITEM']._serialized_start=1423
-  _globals['_ITEM']._serialized_end=1595
-  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_start=1510
-  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_end=1595
-  _globals['_UPSERTITEMSREQUEST']._serialized_start=1597
-  _globals['_UPSERTITEMSREQUEST']._serialized_end=1658
-  _globals['_UPSERTITEMSRESPONSE']._serialized_start=1660
-  _globals['_UPSERTITEMSRESPONSE']._serialized_end=1751
-  _globals['_DELETEITEMSREQUEST']._serialized_start=1753
-  _globals['_DELETEITEMSREQUEST']._serialized_end=1791
-  _globals['_DELETEITEMSRESPONSE']._serialized_start=1793
-  _globals['_DELETEITEMSRESPONSE']._serialized_end=1860
-  _globals['_INDEXSERVICE']._serialized_start=2050
-  _globals['_INDEXSERVICE']._serialized_end=2250
-  _globals['_CATALOGSERVICE']._serialized_start=2253
-  _globals['_CATALOGSERVICE']._serialized_end=2461
+  _globals['_RANKITEMREQUEST']._serialized_start=581
+  _globals['_RANKITEMREQUEST']._serialized_end=828
+  _globals['_RANKITEMRESPONSE']._serialized_start=831
+  _globals['_RANKITEMRESPONSE']._serialized_end=1056
+  _globals['_GETSHARDSTATUSREQUEST']._serialized_start=1058
+  _globals['_GETSHARDSTATUSREQUEST']._serialized_end=1081
+  _globals['_GETSHARDSTATUSRESPONSE']._serialized_start=1084
+  _globals['_GETSHARDSTATUSRESPONSE']._serialized_end=1225
+  _globals['_VERSIONSTATUS']._serialized_start=1228
+  _globals['_VERSIONSTATUS']._serialized_end=1815
+  _globals['_SEARCHSETTING']._serialized_start=1817
+  _globals['_SEARCHSETTING']._serialized_end=1898
+  _globals['_ITEM']._serialized_start=1901
+  _globals['_ITEM']._serialized_end=2073
+  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_start=1988
+  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_end=2073
+  _globals['_UPSERTITEMSREQUEST']._serialized_start=2075
+  _globals['_UPSERTITEMSREQUEST']._serialized_end=2136
+  _globals['_UPSERTITEMSRESPONSE']._serialized_start=2138
+  _globals['_UPSERTITEMSRESPONSE']._serialized_end=2229
+  _globals['_DELETEITEMSREQUEST']._serialized_start=2231
+  _globals['_DELETEITEMSREQUEST']._serialized_end=2269
+  _globals['_DELETEITEMSRESPONSE']._serialized_start=2271
+  _globals['_DELETEITEMSRESPONSE']._serialized_end=2338
+  _globals['_INDEXSERVICE']._serialized_start=2643
+  _globals['_INDEXSERVICE']._serialized_end=2930
+  _globals['_CATALOGSERVICE']._serialized_start=2933
+  _globals['_CATALOGSERVICE']._serialized_end=3141
 # @@protoc_insertion_point(module_scope)

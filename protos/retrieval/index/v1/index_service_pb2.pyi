@@ -21,6 +21,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ItemState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ItemStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ItemState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ITEM_STATE_UNSPECIFIED: _ItemState.ValueType  # 0
+    """Not known."""
+    ITEM_STATE_HELD: _ItemState.ValueType  # 1
+    """It can be found."""
+    ITEM_STATE_QUARANTINED: _ItemState.ValueType  # 2
+    """It is in the catalogue, but could not be embedded."""
+    ITEM_STATE_NOT_HELD: _ItemState.ValueType  # 3
+    """Not in this shard's part of the catalogue."""
+
+class ItemState(_ItemState, metaclass=_ItemStateEnumTypeWrapper):
+    """Whether a shard holds an item."""
+
+ITEM_STATE_UNSPECIFIED: ItemState.ValueType  # 0
+"""Not known."""
+ITEM_STATE_HELD: ItemState.ValueType  # 1
+"""It can be found."""
+ITEM_STATE_QUARANTINED: ItemState.ValueType  # 2
+"""It is in the catalogue, but could not be embedded."""
+ITEM_STATE_NOT_HELD: ItemState.ValueType  # 3
+"""Not in this shard's part of the catalogue."""
+Global___ItemState: _TypeAlias = ItemState  # noqa: Y015
+
 class _VersionState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -168,6 +196,118 @@ class SearchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SearchResponse: _TypeAlias = SearchResponse  # noqa: Y015
+
+@_typing.final
+class RankItemRequest(_message.Message):
+    """Asks where one item stands among the items of one shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_VERSION_FIELD_NUMBER: _builtins.int
+    QUERY_EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    NUM_QUERIES_FIELD_NUMBER: _builtins.int
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    EXCLUDED_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    NUM_SHARDS_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    checkpoint_version: _builtins.int
+    """See SearchRequest."""
+    query_embeddings: _builtins.bytes
+    """[B, D] little-endian float32, unit rows. The item is ranked for the first, and scored for all."""
+    num_queries: _builtins.int
+    """B."""
+    item_id: _builtins.str
+    """The item."""
+    shard: _builtins.int
+    """See SearchRequest."""
+    num_shards: _builtins.int
+    """See SearchRequest."""
+    score: _builtins.float
+    """The item's score, for a shard that does not hold the item; left out for the one that may."""
+    @_builtins.property
+    def excluded_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Items that do not count."""
+
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """Only items that meet this count; left out: all do."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint_version: _builtins.int = ...,
+        query_embeddings: _builtins.bytes = ...,
+        num_queries: _builtins.int = ...,
+        item_id: _builtins.str = ...,
+        excluded_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        filter: _filter_pb2.Filter | None = ...,
+        shard: _builtins.int = ...,
+        num_shards: _builtins.int = ...,
+        score: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "filter", b"filter", "score", b"score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "checkpoint_version", b"checkpoint_version", "excluded_item_ids", b"excluded_item_ids", "filter", b"filter", "item_id", b"item_id", "num_queries", b"num_queries", "num_shards", b"num_shards", "query_embeddings", b"query_embeddings", "score", b"score", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
+    _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score) -> _WhichOneofReturnType__score | None: ...
+
+Global___RankItemRequest: _TypeAlias = RankItemRequest  # noqa: Y015
+
+@_typing.final
+class RankItemResponse(_message.Message):
+    """Where an item stands among the items of one shard, by exact scores and live updates included."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    QUARANTINE_REASON_FIELD_NUMBER: _builtins.int
+    MEETS_FILTER_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    NUM_BETTER_FIELD_NUMBER: _builtins.int
+    NUM_COUNTED_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_VERSION_FIELD_NUMBER: _builtins.int
+    CATALOGUE_VERSION_FIELD_NUMBER: _builtins.int
+    state: Global___ItemState.ValueType
+    """Whether this shard holds the item."""
+    quarantine_reason: _builtins.str
+    """Why the item could not be embedded; empty where it was."""
+    meets_filter: _builtins.bool
+    """Whether the item meets the filter; false where the shard does not hold it."""
+    scores: _builtins.bytes
+    """B little-endian float32: the item's score for each query; empty where the shard does not hold it."""
+    num_better: _builtins.int
+    """Items that count and come before the item: of a higher score, or of the same score and a lower id. 0
+    where neither the shard nor the request knows the item's score.
+    """
+    num_counted: _builtins.int
+    """Items that count, the item itself included where it does."""
+    checkpoint_version: _builtins.int
+    """The checkpoint whose item tower made the embeddings: always the one asked for."""
+    catalogue_version: _builtins.str
+    """State of the catalogue that was ranked."""
+    def __init__(
+        self,
+        *,
+        state: Global___ItemState.ValueType = ...,
+        quarantine_reason: _builtins.str = ...,
+        meets_filter: _builtins.bool = ...,
+        scores: _builtins.bytes = ...,
+        num_better: _builtins.int = ...,
+        num_counted: _builtins.int = ...,
+        checkpoint_version: _builtins.int = ...,
+        catalogue_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue_version", b"catalogue_version", "checkpoint_version", b"checkpoint_version", "meets_filter", b"meets_filter", "num_better", b"num_better", "num_counted", b"num_counted", "quarantine_reason", b"quarantine_reason", "scores", b"scores", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankItemResponse: _TypeAlias = RankItemResponse  # noqa: Y015
 
 @_typing.final
 class GetShardStatusRequest(_message.Message):

@@ -40,6 +40,11 @@ class IndexServiceStub:
                 request_serializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.SearchRequest.SerializeToString,
                 response_deserializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.SearchResponse.FromString,
                 _registered_method=True)
+        self.RankItem = channel.unary_unary(
+                '/retrieval.index.v1.IndexService/RankItem',
+                request_serializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.RankItemRequest.SerializeToString,
+                response_deserializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.RankItemResponse.FromString,
+                _registered_method=True)
         self.GetShardStatus = channel.unary_unary(
                 '/retrieval.index.v1.IndexService/GetShardStatus',
                 request_serializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.GetShardStatusRequest.SerializeToString,
@@ -53,6 +58,13 @@ class IndexServiceServicer:
 
     def Search(self, request, context):
         """Returns the k best items of this shard for each query embedding.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RankItem(self, request, context):
+        """Returns the exact score of one item and how many items of this shard are better, without the index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +84,11 @@ def add_IndexServiceServicer_to_server(servicer, server):
                     servicer.Search,
                     request_deserializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.SearchRequest.FromString,
                     response_serializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.SearchResponse.SerializeToString,
+            ),
+            'RankItem': grpc.unary_unary_rpc_method_handler(
+                    servicer.RankItem,
+                    request_deserializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.RankItemRequest.FromString,
+                    response_serializer=retrieval_dot_index_dot_v1_dot_index__service__pb2.RankItemResponse.SerializeToString,
             ),
             'GetShardStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetShardStatus,
@@ -107,6 +124,33 @@ class IndexService:
             '/retrieval.index.v1.IndexService/Search',
             retrieval_dot_index_dot_v1_dot_index__service__pb2.SearchRequest.SerializeToString,
             retrieval_dot_index_dot_v1_dot_index__service__pb2.SearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RankItem(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/retrieval.index.v1.IndexService/RankItem',
+            retrieval_dot_index_dot_v1_dot_index__service__pb2.RankItemRequest.SerializeToString,
+            retrieval_dot_index_dot_v1_dot_index__service__pb2.RankItemResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,8 @@ class IndexServiceStub:
     def __new__(cls, channel: _aio.Channel) -> IndexServiceAsyncStub: ...
     Search: _grpc.UnaryUnaryMultiCallable[_index_service_pb2.SearchRequest, _index_service_pb2.SearchResponse]
     """Returns the k best items of this shard for each query embedding."""
+    RankItem: _grpc.UnaryUnaryMultiCallable[_index_service_pb2.RankItemRequest, _index_service_pb2.RankItemResponse]
+    """Returns the exact score of one item and how many items of this shard are better, without the index."""
     GetShardStatus: _grpc.UnaryUnaryMultiCallable[_index_service_pb2.GetShardStatusRequest, _index_service_pb2.GetShardStatusResponse]
     """Returns the versions this replica holds and how far each has come."""
 
@@ -45,6 +47,8 @@ class IndexServiceAsyncStub(IndexServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Search: _aio.UnaryUnaryMultiCallable[_index_service_pb2.SearchRequest, _index_service_pb2.SearchResponse]  # type: ignore[assignment]
     """Returns the k best items of this shard for each query embedding."""
+    RankItem: _aio.UnaryUnaryMultiCallable[_index_service_pb2.RankItemRequest, _index_service_pb2.RankItemResponse]  # type: ignore[assignment]
+    """Returns the exact score of one item and how many items of this shard are better, without the index."""
     GetShardStatus: _aio.UnaryUnaryMultiCallable[_index_service_pb2.GetShardStatusRequest, _index_service_pb2.GetShardStatusResponse]  # type: ignore[assignment]
     """Returns the versions this replica holds and how far each has come."""
 
@@ -58,6 +62,14 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_index_service_pb2.SearchResponse, _abc.Awaitable[_index_service_pb2.SearchResponse]]:
         """Returns the k best items of this shard for each query embedding."""
+
+    @_abc_1.abstractmethod
+    def RankItem(
+        self,
+        request: _index_service_pb2.RankItemRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_index_service_pb2.RankItemResponse, _abc.Awaitable[_index_service_pb2.RankItemResponse]]:
+        """Returns the exact score of one item and how many items of this shard are better, without the index."""
 
     @_abc_1.abstractmethod
     def GetShardStatus(
