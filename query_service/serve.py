@@ -60,7 +60,18 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
         reflect=settings.reflection,
     )
     query_service_pb2_grpc.add_QueryServiceServicer_to_server(
-        QueryService(retriever, versions, shards, cache, traffic, shadow, settings.default_timeout_s), server.grpc
+        QueryService(
+            retriever,
+            versions,
+            shards,
+            cache,
+            traffic,
+            shadow,
+            settings.default_timeout_s,
+            settings.max_stream_queries,
+            server.draining,
+        ),
+        server.grpc,
     )
     background: list[asyncio.Task[None]] = []
     try:

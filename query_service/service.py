@@ -3,6 +3,8 @@
 Deliberately does not know how an answer is found.
 """
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -13,8 +15,11 @@ from query_service.deadline import Deadline
 from query_service.fan_out import Shards
 from query_service.retrieve import Retriever
 from query_service.shadow import Comparison, Shadow
+from query_service.stream import answer_stream
 from query_service.traffic import Traffic
 from query_service.versions import TowerState, Versions
+from towers.errors import InvalidInputError
+from towers.rpc import told
 
 SERVICE_NAME = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
 
@@ -39,6 +44,8 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         traffic: Traffic,
         shadow: Shadow,
         default_timeout_s: float,
+        max_stream_queries: int,
+        draining: asyncio.Event,
     ) -> None:
         self._retriever = retriever
         self._versions = versions
@@ -47,6 +54,8 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         self._traffic = traffic
         self._shadow = shadow
         self._default_timeout_s = default_timeout_s
+        self._max_stream_queries = max_stream_queries
+        self._draining = draining
 
     async def Retrieve(  # noqa: N802
         self, request: query_service_pb2.RetrieveRequest, context: _Context
@@ -61,6 +70,29 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         """Returns the k best items for each of many queries."""
         results = await self._retriever.retrieve(request, request.queries, self._deadline(context))
         return query_service_pb2.BatchRetrieveResponse(results=results)
+
+    # The stubs for the type checker know streams as generators alone.
+    async def StreamRetrieve(  # type: ignore[override]  # noqa: N802
+        self, requests: AsyncIterator[query_service_pb2.StreamRetrieveRequest], context: _Context
+    ) -> None:
+        """Returns the k best items for each query of a stream, in the order of the queries."""
+
+        async def answer(
+            index: int, request: query_service_pb2.StreamRetrieveRequest
+        ) -> query_service_pb2.StreamRetrieveResponse:
+            # The stream's own deadline, if any, may be hours away: what one query may take is not.
+            deadline = min(Deadline.after(self._default_timeout_s), self._deadline(context), key=Deadline.remaining_s)
+            try:
+                if not request.HasField("retrieve"):
+                    raise InvalidInputError("retrieve is not set; put the query there")
+                [response] = await self._retriever.retrieve(request.retrieve, [request.retrieve.query], deadline)
+            except Exception as error:
+                status, message = told(error, "a query of StreamRetrieve")
+                failure = query_service_pb2.QueryError(code=status.value[0], message=message)
+                return query_service_pb2.StreamRetrieveResponse(index=index, error=failure)
+            return query_service_pb2.StreamRetrieveResponse(index=index, retrieved=response)
+
+        await answer_stream(requests, answer, context.write, self._max_stream_queries, self._draining)
 
     async def Embed(  # noqa: N802
         self, request: query_service_pb2.EmbedRequest, context: _Context

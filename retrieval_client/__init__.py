@@ -21,11 +21,12 @@ from retrieval_client.client_asyncio import AsyncRetrievalClient
 from retrieval_client.errors import (
     DeadlineExceededError,
     InvalidRequestError,
+    OverloadedError,
     RetrievalError,
     UnavailableError,
 )
 from retrieval_client.filters import Attribute, Filter, FilterValue, all_of, any_of, attribute
-from retrieval_client.questions import Features, FeatureValue
+from retrieval_client.questions import Features, FeatureValue, StreamedQuery
 
 __all__ = [
     "AsyncRetrievalClient",
@@ -39,6 +40,7 @@ __all__ = [
     "Filter",
     "FilterValue",
     "InvalidRequestError",
+    "OverloadedError",
     "QueryFeature",
     "Retrieval",
     "RetrievalClient",
@@ -47,6 +49,7 @@ __all__ = [
     "ServiceStatus",
     "ShadowStatus",
     "ShardConnection",
+    "StreamedQuery",
     "TowerStatus",
     "UnavailableError",
     "VersionTraffic",

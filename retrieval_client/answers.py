@@ -11,6 +11,8 @@ from typing import Literal
 from retrieval.feature.v1 import feature_pb2
 from retrieval.query.v1 import query_service_pb2
 
+from retrieval_client.errors import RetrievalError, error_of_query
+
 AttributeValue = str | float | tuple[str, ...] | tuple[float, ...] | None
 """A catalogue value; None where the item has none."""
 
@@ -170,6 +172,13 @@ def retrieval_of(response: query_service_pb2.RetrieveResponse) -> Retrieval:
         degraded_reasons=tuple(response.degraded_reasons),
         embedding_cached=response.embedding_cached,
     )
+
+
+def outcome_of(response: query_service_pb2.StreamRetrieveResponse) -> Retrieval | RetrievalError:
+    """Reads the answer to one query of a stream."""
+    if response.WhichOneof("outcome") == "retrieved":
+        return retrieval_of(response.retrieved)
+    return error_of_query(response.error.code, response.error.message)
 
 
 def retrievals_of(response: query_service_pb2.BatchRetrieveResponse) -> tuple[Retrieval, ...]:

@@ -12,19 +12,24 @@ from retrieval.query.v1 import query_service_pb2
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 _SERVICE_CONFIG = {
+    # Of several replicas behind one name, `dns:///query:50051`, each takes its turn.
+    "loadBalancingConfig": [{"round_robin": {}}],
+    # No storm of second attempts: they stop while more than about a tenth of the calls fail.
+    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.1},
     "methodConfig": [
         {
             "name": [{"service": query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name}],
             # All methods only read, so that a second attempt does no harm.
             "retryPolicy": {
-                "maxAttempts": 2,
+                "maxAttempts": 3,
                 "initialBackoff": "0.05s",
-                "maxBackoff": "0.1s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "maxBackoff": "0.5s",
+                "backoffMultiplier": 3,
+                # Where a service that sheds says when to come again, `grpc-retry-pushback-ms`, that counts.
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
             },
         }
-    ]
+    ],
 }
 
 CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (

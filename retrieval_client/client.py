@@ -3,7 +3,7 @@
 Deliberately thin: requests are built in `questions`, responses read in `answers`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -20,9 +20,17 @@ from retrieval_client.answers import (
     status_of,
 )
 from retrieval_client.channel import CHANNEL_OPTIONS
-from retrieval_client.errors import error_of
+from retrieval_client.errors import RetrievalError, error_of
 from retrieval_client.filters import Filter
-from retrieval_client.questions import Features, batch_retrieve_request, embed_request, retrieve_request
+from retrieval_client.questions import (
+    Features,
+    StreamedQuery,
+    batch_retrieve_request,
+    embed_request,
+    retrieve_request,
+    stream_request,
+)
+from retrieval_client.stream import Stream
 
 _Request = TypeVar("_Request", contravariant=True)
 _Response = TypeVar("_Response", covariant=True)
@@ -35,14 +43,15 @@ class _Method(Protocol[_Request, _Response]):
 class RetrievalClient:
     """Calls one query service. Safe to share between threads; close it, or use it in a `with` block.
 
-    A call that fails because the service cannot be reached is tried once more within its deadline.
+    A call that fails because the service cannot be reached, or has too much to do, is tried twice more within its
+    deadline, after growing pauses.
     """
 
     def __init__(self, address: str, timeout_s: float = 2.0) -> None:
         """Connects at the first call.
 
         Args:
-            address: `host:port` or `unix:/path`.
+            address: `host:port`, `unix:/path`, or `dns:///name:port` for all replicas behind a name, in turn.
             timeout_s: Deadline of a call that has none of its own.
         """
         self._timeout_s = timeout_s
@@ -100,6 +109,44 @@ class RetrievalClient:
         """
         request = batch_retrieve_request(queries, k, excluded_item_ids, min_shards, attribute_names, filter)
         return retrievals_of(self._call(self._stub.BatchRetrieve, request, timeout_s))
+
+    def stream_retrieve(
+        self,
+        queries: Iterable[Features | StreamedQuery],
+        k: int = 10,
+        *,
+        excluded_item_ids: Sequence[str] = (),
+        min_shards: int = 0,
+        attribute_names: Sequence[str] = (),
+        filter: Filter | None = None,  # noqa: A002
+    ) -> Iterator[Retrieval | RetrievalError]:
+        """Finds the k best items for each query of a long list, one answer after another in the order of the queries.
+
+        For back-fills: queries are taken from the iterator no faster than the service answers, and where a replica
+        goes, the rest is asked of another one. A new version that goes live in the middle changes the later answers:
+        each says its `checkpoint_version`.
+
+        Args:
+            queries: Raw features by name; `StreamedQuery` where a query has exclusions of its own.
+            k: How many items, at least 1.
+            excluded_item_ids: Items that must not be returned for any query.
+            min_shards: As of `retrieve`.
+            attribute_names: Catalogue columns to return with each item.
+            filter: Only items that meet this are returned.
+
+        Returns:
+            For each query its answer, or the error that it failed with; the others go on.
+
+        Raises:
+            UnavailableError: no replica could be reached, several times in a row.
+            RetrievalError: the stream as a whole failed.
+            TypeError: a value that cannot be a feature, once the answers to the queries before it have come.
+            ValueError: a number that is not finite or too large to be sent exactly, likewise.
+        """
+        requests = (
+            stream_request(query, k, excluded_item_ids, min_shards, attribute_names, filter) for query in queries
+        )
+        return Stream(self._stub.StreamRetrieve, requests).outcomes()
 
     def embed(self, queries: Sequence[Features], *, timeout_s: float | None = None) -> Embeddings:
         """Returns the embeddings of queries. Errors as of `retrieve`."""

@@ -4,7 +4,7 @@ Deliberately thin: requests are built in `questions`, responses read in `answers
 """
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -21,9 +21,17 @@ from retrieval_client.answers import (
     status_of,
 )
 from retrieval_client.channel import CHANNEL_OPTIONS
-from retrieval_client.errors import error_of
+from retrieval_client.errors import RetrievalError, error_of
 from retrieval_client.filters import Filter
-from retrieval_client.questions import Features, batch_retrieve_request, embed_request, retrieve_request
+from retrieval_client.questions import (
+    Features,
+    StreamedQuery,
+    batch_retrieve_request,
+    embed_request,
+    retrieve_request,
+    stream_request,
+)
+from retrieval_client.stream_asyncio import AsyncStream
 
 _Request = TypeVar("_Request", contravariant=True)
 _Response = TypeVar("_Response", covariant=True)
@@ -36,14 +44,15 @@ class _Method(Protocol[_Request, _Response]):
 class AsyncRetrievalClient:
     """Calls one query service from one event loop; close it, or use it in an `async with` block.
 
-    A call that fails because the service cannot be reached is tried once more within its deadline.
+    A call that fails because the service cannot be reached, or has too much to do, is tried twice more within its
+    deadline, after growing pauses.
     """
 
     def __init__(self, address: str, timeout_s: float = 2.0) -> None:
         """Connects at the first call.
 
         Args:
-            address: `host:port` or `unix:/path`.
+            address: `host:port`, `unix:/path`, or `dns:///name:port` for all replicas behind a name, in turn.
             timeout_s: Deadline of a call that has none of its own.
 
         Raises:
@@ -106,6 +115,46 @@ class AsyncRetrievalClient:
         request = batch_retrieve_request(queries, k, excluded_item_ids, min_shards, attribute_names, filter)
         return retrievals_of(await self._call(self._stub.BatchRetrieve, request, timeout_s))
 
+    def stream_retrieve(
+        self,
+        queries: Iterable[Features | StreamedQuery] | AsyncIterable[Features | StreamedQuery],
+        k: int = 10,
+        *,
+        excluded_item_ids: Sequence[str] = (),
+        min_shards: int = 0,
+        attribute_names: Sequence[str] = (),
+        filter: Filter | None = None,  # noqa: A002
+    ) -> AsyncIterator[Retrieval | RetrievalError]:
+        """Finds the k best items for each query of a long list, one answer after another in the order of the queries.
+
+        For back-fills: queries are taken from the iterator no faster than the service answers, and where a replica
+        goes, the rest is asked of another one. A new version that goes live in the middle changes the later answers:
+        each says its `checkpoint_version`.
+
+        Args:
+            queries: Raw features by name; `StreamedQuery` where a query has exclusions of its own.
+            k: How many items, at least 1.
+            excluded_item_ids: Items that must not be returned for any query.
+            min_shards: As of `retrieve`.
+            attribute_names: Catalogue columns to return with each item.
+            filter: Only items that meet this are returned.
+
+        Returns:
+            For each query its answer, or the error that it failed with; the others go on.
+
+        Raises:
+            UnavailableError: no replica could be reached, several times in a row.
+            RetrievalError: the stream as a whole failed.
+            TypeError: a value that cannot be a feature, once the answers to the queries before it have come.
+            ValueError: a number that is not finite or too large to be sent exactly, likewise.
+        """
+
+        async def requests() -> AsyncIterator[query_service_pb2.StreamRetrieveRequest]:
+            async for query in _each(queries):
+                yield stream_request(query, k, excluded_item_ids, min_shards, attribute_names, filter)
+
+        return AsyncStream(self._stub.StreamRetrieve, requests()).outcomes()
+
     async def embed(self, queries: Sequence[Features], *, timeout_s: float | None = None) -> Embeddings:
         """Returns the embeddings of queries. Errors as of `retrieve`."""
         return embeddings_of(await self._call(self._stub.Embed, embed_request(queries), timeout_s))
@@ -137,3 +186,14 @@ class AsyncRetrievalClient:
             return await method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
         except grpc.aio.AioRpcError as error:
             raise error_of(error.code(), error.details()) from error
+
+
+async def _each(
+    queries: Iterable[Features | StreamedQuery] | AsyncIterable[Features | StreamedQuery],
+) -> AsyncIterator[Features | StreamedQuery]:
+    if isinstance(queries, AsyncIterable):
+        async for query in queries:
+            yield query
+    else:
+        for query in queries:
+            yield query

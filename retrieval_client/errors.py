@@ -36,13 +36,34 @@ class DeadlineExceededError(RetrievalError):
     """The answer was not there in time."""
 
 
+class OverloadedError(RetrievalError):
+    """The service has more to do than it can, or the message is too large. Ask for less, or later."""
+
+
 _CLASSES: dict[grpc.StatusCode, type[RetrievalError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
 }
+_STATUSES = {status.value[0]: status for status in grpc.StatusCode}
+_ENDS_OF_A_REPLICA = (
+    grpc.StatusCode.UNAVAILABLE,
+    # A replica whose time to drain is over ends its streams with this.
+    grpc.StatusCode.CANCELLED,
+)
 
 
 def error_of(code: grpc.StatusCode, details: str | None) -> RetrievalError:
     """The error for a status."""
     return _CLASSES.get(code, RetrievalError)(code.name, details or "")
+
+
+def error_of_query(code: int, message: str) -> RetrievalError:
+    """The error of one query of a stream."""
+    return error_of(_STATUSES.get(code, grpc.StatusCode.UNKNOWN), message)
+
+
+def is_worth_another_stream(code: grpc.StatusCode) -> bool:
+    """Whether a stream that ended so may go on elsewhere."""
+    return code in _ENDS_OF_A_REPLICA

@@ -5,6 +5,7 @@ Deliberately does not know how a call is made.
 
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
 
@@ -22,6 +23,14 @@ Arrays and scalars of numpy are taken as well.
 
 Features = Mapping[str, FeatureValue]
 """Feature name to raw value, as the live checkpoint's schema declares them. A feature left out is missing."""
+
+
+@dataclass(frozen=True)
+class StreamedQuery:
+    """A query of a stream, with items that must not be returned for it alone."""
+
+    features: Features
+    excluded_item_ids: Sequence[str] = ()
 
 
 def retrieve_request(
@@ -55,6 +64,23 @@ def batch_retrieve_request(
     return query_service_pb2.BatchRetrieveRequest(
         queries=_queries(queries), **_shared_fields(k, excluded_item_ids, min_shards, attribute_names, filter)
     )
+
+
+def stream_request(
+    query: Features | StreamedQuery,
+    k: int,
+    excluded_item_ids: Sequence[str],
+    min_shards: int,
+    attribute_names: Sequence[str],
+    filter: Filter | None,  # noqa: A002
+) -> query_service_pb2.StreamRetrieveRequest:
+    """Builds the request for one query of a stream; raises as `retrieve_request`."""
+    if not isinstance(query, StreamedQuery):
+        query = StreamedQuery(query)
+    excluded = [*_strings("excluded_item_ids", excluded_item_ids)]
+    excluded += _strings("excluded_item_ids", query.excluded_item_ids)
+    retrieve = retrieve_request(query.features, k, excluded, min_shards, attribute_names, filter)
+    return query_service_pb2.StreamRetrieveRequest(retrieve=retrieve)
 
 
 def embed_request(queries: Sequence[Features]) -> query_service_pb2.EmbedRequest:

@@ -8,6 +8,7 @@ name means that it is ready to answer.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Sequence
@@ -53,30 +54,47 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wraps unary handlers; streams of the health and reflection services pass."""
+        """Wraps handlers of one request, and those of streams that are coroutines.
+
+        Health and reflection write their streams as generators, which pass.
+        """
         handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
+        if handler is None:
+            return None
+        is_stream = inspect.iscoroutinefunction(handler.stream_stream)
+        answer: Any = handler.stream_stream if is_stream else handler.unary_unary
+        if answer is None:
             return handler
-        answer: Any = handler.unary_unary
 
         async def answer_or_abort(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
                 return await answer(request, context)
             except grpc.aio.AbortError:
                 raise
-            except TwoTowerError as error:
-                if error.status in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
-                    _log.exception("%s failed", handler_call_details.method)
-                await context.abort(error.status, _details(error))
-            except Exception:
-                _log.exception("%s failed", handler_call_details.method)
-                await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
+            except Exception as error:
+                await context.abort(*told(error, handler_call_details.method))
 
-        return grpc.unary_unary_rpc_method_handler(
+        wrapped = grpc.stream_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler
+        return wrapped(
             answer_or_abort,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+def told(error: Exception, what: str) -> tuple[grpc.StatusCode, str]:
+    """The status and the message that a caller gets. Call it where the error is caught: bugs are logged.
+
+    Args:
+        error: What was raised.
+        what: What failed, for the log.
+    """
+    if not isinstance(error, TwoTowerError):
+        _log.exception("%s failed", what)
+        return grpc.StatusCode.INTERNAL, "internal error; see the server's log"
+    if error.status in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+        _log.exception("%s failed", what)
+    return error.status, _details(error)
 
 
 def _details(error: TwoTowerError) -> str:
@@ -106,6 +124,8 @@ class RpcServer:
         self._grace_s = grace_s
         self._health = health_aio.HealthServicer()
         self._is_draining = False
+        self.draining = asyncio.Event()
+        """Set once no new calls are taken: streams, which may go on for hours, are to end."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         if reflect:
             reflection.enable_server_reflection((service_name, reflection.SERVICE_NAME), self.grpc)
@@ -140,6 +160,7 @@ class RpcServer:
         self._is_draining = True
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self._drain_s)
+        self.draining.set()
         await self.grpc.stop(self._grace_s)
 
 

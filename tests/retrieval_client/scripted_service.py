@@ -6,7 +6,7 @@ Deliberately does not retrieve anything: what the real service answers is tested
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ class ScriptedService(query_service_pb2_grpc.QueryServiceServicer):
 
     def __init__(self, script: Script) -> None:
         self.script = script
+        self.stream_script: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[Any]] = lambda *_: iter(())
         self.requests: list[Any] = []
         self.timeouts_s: list[float] = []
         self.port = 0
@@ -53,6 +54,9 @@ class ScriptedService(query_service_pb2_grpc.QueryServiceServicer):
 
     def BatchRetrieve(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._answer(request, context)
+
+    def StreamRetrieve(self, requests: Any, context: Any) -> Any:  # noqa: N802
+        return self.stream_script(requests, context)
 
     def Embed(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._answer(request, context)

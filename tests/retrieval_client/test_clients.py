@@ -25,6 +25,7 @@ from retrieval_client import (
     DeadlineExceededError,
     Embeddings,
     InvalidRequestError,
+    OverloadedError,
     QueryFeature,
     Retrieval,
     RetrievalClient,
@@ -173,7 +174,7 @@ def test_the_status_is_typed(call: Callable[..., Any]) -> None:
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError),
         (grpc.StatusCode.UNAVAILABLE, UnavailableError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, RetrievalError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, OverloadedError),
         (grpc.StatusCode.FAILED_PRECONDITION, RetrievalError),
         (grpc.StatusCode.INTERNAL, RetrievalError),
         (grpc.StatusCode.CANCELLED, RetrievalError),
@@ -202,14 +203,39 @@ def test_errors_can_be_copied() -> None:
     assert (copied.code, copied.message) == ("UNAVAILABLE", "no shard")
 
 
-def test_unavailable_is_tried_once_more(call: Callable[..., Any]) -> None:
-    with ScriptedService(failing(grpc.StatusCode.UNAVAILABLE, "draining", num_times=1)) as service:
+@pytest.mark.parametrize("status", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+def test_what_may_pass_is_tried_twice_more(call: Callable[..., Any], status: grpc.StatusCode) -> None:
+    with ScriptedService(failing(status, "busy", num_times=2)) as service:
         assert call(service.address, "retrieve", {}).items == ()
-        assert len(service.requests) == 2
-        service.script = failing(grpc.StatusCode.UNAVAILABLE, "draining", num_times=2)
-        with pytest.raises(UnavailableError):
+        assert len(service.requests) == 3
+        service.script = failing(status, "busy", num_times=3)
+        with pytest.raises(RetrievalError) as caught:
             call(service.address, "retrieve", {})
-        assert len(service.requests) == 4
+        assert caught.value.code == status.name
+        assert len(service.requests) == 6
+
+
+def test_second_attempts_stop_while_everything_fails() -> None:
+    with (
+        ScriptedService(failing(grpc.StatusCode.UNAVAILABLE, "down")) as service,
+        RetrievalClient(service.address, timeout_s=PATIENCE_S) as client,
+    ):
+        for _ in range(30):
+            with pytest.raises(UnavailableError):
+                client.retrieve({})
+        assert 30 <= len(service.requests) < 50
+
+
+def test_replicas_behind_one_name_take_turns() -> None:
+    with ScriptedService(empty) as first, ScriptedService(empty) as second:
+        both = f"ipv4:{first.address},{second.address}"
+        with RetrievalClient(both, timeout_s=PATIENCE_S) as client:
+            while not (first.requests and second.requests):
+                client.retrieve({})
+            first.stop()
+            for _ in range(5):
+                client.retrieve({})
+            first.start()
 
 
 def test_a_wrong_request_is_not_tried_again(call: Callable[..., Any]) -> None:
@@ -315,8 +341,11 @@ def test_both_clients_have_the_same_methods() -> None:
         methods = inspect.getmembers(kind, inspect.isfunction)
         return {name: str(inspect.signature(method)) for name, method in methods if not name.startswith("_")}
 
-    assert signatures(RetrievalClient) == signatures(AsyncRetrievalClient)
-    assert set(signatures(RetrievalClient)) == {"retrieve", "batch_retrieve", "embed", "get_status", "close"}
+    ours, theirs = signatures(RetrievalClient), signatures(AsyncRetrievalClient)
+    # Beside the iterators, which differ, streams are alike as well.
+    assert ours.pop("stream_retrieve").partition("k: int")[2].partition(" ->")[0] in theirs.pop("stream_retrieve")
+    assert ours == theirs
+    assert set(ours) == {"retrieve", "batch_retrieve", "embed", "get_status", "close"}
     assert inspect.signature(RetrievalClient) == inspect.signature(AsyncRetrievalClient)
 
 

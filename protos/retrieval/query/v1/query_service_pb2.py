@@ -26,7 +26,7 @@ from retrieval.feature.v1 import feature_pb2 as retrieval_dot_feature_dot_v1_dot
 from retrieval.feature.v1 import filter_pb2 as retrieval_dot_feature_dot_v1_dot_filter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&retrieval/query/v1/query_service.proto\x12\x12retrieval.query.v1\x1a\"retrieval/feature/v1/feature.proto\x1a!retrieval/feature/v1/filter.proto\"\x97\x01\n\x05Query\x12\x39\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\'.retrieval.query.v1.Query.FeaturesEntry\x1aS\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x31\n\x05value\x18\x02 \x01(\x0b\x32\".retrieval.feature.v1.FeatureValue:\x02\x38\x01\"\xbc\x01\n\x0fRetrieveRequest\x12(\n\x05query\x18\x01 \x01(\x0b\x32\x19.retrieval.query.v1.Query\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x03 \x03(\t\x12\x12\n\nmin_shards\x18\x04 \x01(\x05\x12\x17\n\x0f\x61ttribute_names\x18\x05 \x03(\t\x12,\n\x06\x66ilter\x18\x06 \x01(\x0b\x32\x1c.retrieval.feature.v1.Filter\"\xee\x01\n\x10RetrieveResponse\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\x12\x39\n\nattributes\x18\x03 \x03(\x0b\x32%.retrieval.feature.v1.AttributeColumn\x12\x1a\n\x12\x63heckpoint_version\x18\x04 \x01(\x03\x12\x17\n\x0fshards_answered\x18\x05 \x01(\x05\x12\x14\n\x0cshards_total\x18\x06 \x01(\x05\x12\x18\n\x10\x64\x65graded_reasons\x18\x07 \x03(\t\x12\x18\n\x10\x65mbedding_cached\x18\x08 \x01(\x08\"\xc3\x01\n\x14\x42\x61tchRetrieveRequest\x12*\n\x07queries\x18\x01 \x03(\x0b\x32\x19.retrieval.query.v1.Query\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x03 \x03(\t\x12\x12\n\nmin_shards\x18\x04 \x01(\x05\x12\x17\n\x0f\x61ttribute_names\x18\x05 \x03(\t\x12,\n\x06\x66ilter\x18\x06 \x01(\x0b\x32\x1c.retrieval.feature.v1.Filter\"N\n\x15\x42\x61tchRetrieveResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.retrieval.query.v1.RetrieveResponse\":\n\x0c\x45mbedRequest\x12*\n\x07queries\x18\x01 \x03(\x0b\x32\x19.retrieval.query.v1.Query\"L\n\rEmbedResponse\x12\x12\n\nembeddings\x18\x01 \x01(\x0c\x12\x0b\n\x03\x64im\x18\x02 \x01(\x05\x12\x1a\n\x12\x63heckpoint_version\x18\x03 \x01(\x03\"\x12\n\x10GetStatusRequest\"\x90\x03\n\x11GetStatusResponse\x12\x1b\n\x13\x64\x65ployment_revision\x18\x01 \x01(\x03\x12\x14\n\x0clive_version\x18\x02 \x01(\x03\x12\x17\n\x0fstandby_version\x18\x03 \x01(\x03\x12/\n\x06towers\x18\x04 \x03(\x0b\x32\x1f.retrieval.query.v1.TowerStatus\x12\x33\n\x06shards\x18\x05 \x03(\x0b\x32#.retrieval.query.v1.ShardConnection\x12.\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32\x1f.retrieval.query.v1.CacheStatus\x12\x32\n\x08\x66\x65\x61tures\x18\x07 \x03(\x0b\x32 .retrieval.query.v1.QueryFeature\x12\x30\n\x06shadow\x18\x08 \x01(\x0b\x32 .retrieval.query.v1.ShadowStatus\x12\x33\n\x07traffic\x18\t \x03(\x0b\x32\".retrieval.query.v1.VersionTraffic\"\xd5\x01\n\x0cShadowStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x14\n\x0clive_version\x18\x02 \x01(\x03\x12\x13\n\x0bnum_queries\x18\x03 \x01(\x03\x12\x12\n\nnum_errors\x18\x04 \x01(\x03\x12\x14\n\x0cmean_overlap\x18\x05 \x01(\x01\x12\x12\n\nlive_p50_s\x18\x06 \x01(\x01\x12\x12\n\nlive_p99_s\x18\x07 \x01(\x01\x12\x15\n\rstandby_p50_s\x18\x08 \x01(\x01\x12\x15\n\rstandby_p99_s\x18\t \x01(\x01\"\x88\x01\n\x0eVersionTraffic\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x03\x12\x12\n\nnum_errors\x18\x03 \x01(\x03\x12\r\n\x05p50_s\x18\x04 \x01(\x01\x12\r\n\x05p99_s\x18\x05 \x01(\x01\x12\x12\n\nnum_shards\x18\x06 \x01(\x05\"\x97\x01\n\x0bTowerStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12-\n\x05state\x18\x02 \x01(\x0e\x32\x1e.retrieval.query.v1.TowerState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x19\n\x11golden_difference\x18\x04 \x01(\x01\x12\x12\n\nis_corrupt\x18\x05 \x01(\x08\"X\n\x0fShardConnection\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\treachable\x18\x03 \x01(\x08\x12\x12\n\nnum_shards\x18\x04 \x01(\x05\"_\n\x0b\x43\x61\x63heStatus\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\x0c\n\x04hits\x18\x03 \x01(\x03\x12\x0e\n\x06misses\x18\x04 \x01(\x03\x12\x0e\n\x06\x65rrors\x18\x05 \x01(\x03\"*\n\x0cQueryFeature\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t*u\n\nTowerState\x12\x1b\n\x17TOWER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13TOWER_STATE_LOADING\x10\x01\x12\x19\n\x15TOWER_STATE_AVAILABLE\x10\x02\x12\x16\n\x12TOWER_STATE_FAILED\x10\x03\x32\xf3\x02\n\x0cQueryService\x12U\n\x08Retrieve\x12#.retrieval.query.v1.RetrieveRequest\x1a$.retrieval.query.v1.RetrieveResponse\x12\x64\n\rBatchRetrieve\x12(.retrieval.query.v1.BatchRetrieveRequest\x1a).retrieval.query.v1.BatchRetrieveResponse\x12L\n\x05\x45mbed\x12 .retrieval.query.v1.EmbedRequest\x1a!.retrieval.query.v1.EmbedResponse\x12X\n\tGetStatus\x12$.retrieval.query.v1.GetStatusRequest\x1a%.retrieval.query.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&retrieval/query/v1/query_service.proto\x12\x12retrieval.query.v1\x1a\"retrieval/feature/v1/feature.proto\x1a!retrieval/feature/v1/filter.proto\"\x97\x01\n\x05Query\x12\x39\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\'.retrieval.query.v1.Query.FeaturesEntry\x1aS\n\rFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x31\n\x05value\x18\x02 \x01(\x0b\x32\".retrieval.feature.v1.FeatureValue:\x02\x38\x01\"\xbc\x01\n\x0fRetrieveRequest\x12(\n\x05query\x18\x01 \x01(\x0b\x32\x19.retrieval.query.v1.Query\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x03 \x03(\t\x12\x12\n\nmin_shards\x18\x04 \x01(\x05\x12\x17\n\x0f\x61ttribute_names\x18\x05 \x03(\t\x12,\n\x06\x66ilter\x18\x06 \x01(\x0b\x32\x1c.retrieval.feature.v1.Filter\"\xee\x01\n\x10RetrieveResponse\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\x12\x39\n\nattributes\x18\x03 \x03(\x0b\x32%.retrieval.feature.v1.AttributeColumn\x12\x1a\n\x12\x63heckpoint_version\x18\x04 \x01(\x03\x12\x17\n\x0fshards_answered\x18\x05 \x01(\x05\x12\x14\n\x0cshards_total\x18\x06 \x01(\x05\x12\x18\n\x10\x64\x65graded_reasons\x18\x07 \x03(\t\x12\x18\n\x10\x65mbedding_cached\x18\x08 \x01(\x08\"\xc3\x01\n\x14\x42\x61tchRetrieveRequest\x12*\n\x07queries\x18\x01 \x03(\x0b\x32\x19.retrieval.query.v1.Query\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x19\n\x11\x65xcluded_item_ids\x18\x03 \x03(\t\x12\x12\n\nmin_shards\x18\x04 \x01(\x05\x12\x17\n\x0f\x61ttribute_names\x18\x05 \x03(\t\x12,\n\x06\x66ilter\x18\x06 \x01(\x0b\x32\x1c.retrieval.feature.v1.Filter\"N\n\x15\x42\x61tchRetrieveResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.retrieval.query.v1.RetrieveResponse\"N\n\x15StreamRetrieveRequest\x12\x35\n\x08retrieve\x18\x01 \x01(\x0b\x32#.retrieval.query.v1.RetrieveRequest\"\x9e\x01\n\x16StreamRetrieveResponse\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x39\n\tretrieved\x18\x02 \x01(\x0b\x32$.retrieval.query.v1.RetrieveResponseH\x00\x12/\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1e.retrieval.query.v1.QueryErrorH\x00\x42\t\n\x07outcome\"+\n\nQueryError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\":\n\x0c\x45mbedRequest\x12*\n\x07queries\x18\x01 \x03(\x0b\x32\x19.retrieval.query.v1.Query\"L\n\rEmbedResponse\x12\x12\n\nembeddings\x18\x01 \x01(\x0c\x12\x0b\n\x03\x64im\x18\x02 \x01(\x05\x12\x1a\n\x12\x63heckpoint_version\x18\x03 \x01(\x03\"\x12\n\x10GetStatusRequest\"\x90\x03\n\x11GetStatusResponse\x12\x1b\n\x13\x64\x65ployment_revision\x18\x01 \x01(\x03\x12\x14\n\x0clive_version\x18\x02 \x01(\x03\x12\x17\n\x0fstandby_version\x18\x03 \x01(\x03\x12/\n\x06towers\x18\x04 \x03(\x0b\x32\x1f.retrieval.query.v1.TowerStatus\x12\x33\n\x06shards\x18\x05 \x03(\x0b\x32#.retrieval.query.v1.ShardConnection\x12.\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32\x1f.retrieval.query.v1.CacheStatus\x12\x32\n\x08\x66\x65\x61tures\x18\x07 \x03(\x0b\x32 .retrieval.query.v1.QueryFeature\x12\x30\n\x06shadow\x18\x08 \x01(\x0b\x32 .retrieval.query.v1.ShadowStatus\x12\x33\n\x07traffic\x18\t \x03(\x0b\x32\".retrieval.query.v1.VersionTraffic\"\xd5\x01\n\x0cShadowStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x14\n\x0clive_version\x18\x02 \x01(\x03\x12\x13\n\x0bnum_queries\x18\x03 \x01(\x03\x12\x12\n\nnum_errors\x18\x04 \x01(\x03\x12\x14\n\x0cmean_overlap\x18\x05 \x01(\x01\x12\x12\n\nlive_p50_s\x18\x06 \x01(\x01\x12\x12\n\nlive_p99_s\x18\x07 \x01(\x01\x12\x15\n\rstandby_p50_s\x18\x08 \x01(\x01\x12\x15\n\rstandby_p99_s\x18\t \x01(\x01\"\x88\x01\n\x0eVersionTraffic\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x03\x12\x12\n\nnum_errors\x18\x03 \x01(\x03\x12\r\n\x05p50_s\x18\x04 \x01(\x01\x12\r\n\x05p99_s\x18\x05 \x01(\x01\x12\x12\n\nnum_shards\x18\x06 \x01(\x05\"\x97\x01\n\x0bTowerStatus\x12\x1a\n\x12\x63heckpoint_version\x18\x01 \x01(\x03\x12-\n\x05state\x18\x02 \x01(\x0e\x32\x1e.retrieval.query.v1.TowerState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x19\n\x11golden_difference\x18\x04 \x01(\x01\x12\x12\n\nis_corrupt\x18\x05 \x01(\x08\"X\n\x0fShardConnection\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\treachable\x18\x03 \x01(\x08\x12\x12\n\nnum_shards\x18\x04 \x01(\x05\"_\n\x0b\x43\x61\x63heStatus\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\x0c\n\x04hits\x18\x03 \x01(\x03\x12\x0e\n\x06misses\x18\x04 \x01(\x03\x12\x0e\n\x06\x65rrors\x18\x05 \x01(\x03\"*\n\x0cQueryFeature\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t*u\n\nTowerState\x12\x1b\n\x17TOWER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13TOWER_STATE_LOADING\x10\x01\x12\x19\n\x15TOWER_STATE_AVAILABLE\x10\x02\x12\x16\n\x12TOWER_STATE_FAILED\x10\x03\x32\xe0\x03\n\x0cQueryService\x12U\n\x08Retrieve\x12#.retrieval.query.v1.RetrieveRequest\x1a$.retrieval.query.v1.RetrieveResponse\x12\x64\n\rBatchRetrieve\x12(.retrieval.query.v1.BatchRetrieveRequest\x1a).retrieval.query.v1.BatchRetrieveResponse\x12k\n\x0eStreamRetrieve\x12).retrieval.query.v1.StreamRetrieveRequest\x1a*.retrieval.query.v1.StreamRetrieveResponse(\x01\x30\x01\x12L\n\x05\x45mbed\x12 .retrieval.query.v1.EmbedRequest\x1a!.retrieval.query.v1.EmbedResponse\x12X\n\tGetStatus\x12$.retrieval.query.v1.GetStatusRequest\x1a%.retrieval.query.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_QUERY_FEATURESENTRY']._loaded_options = None
   _globals['_QUERY_FEATURESENTRY']._serialized_options = b'8\001'
-  _globals['_TOWERSTATE']._serialized_start=2298
-  _globals['_TOWERSTATE']._serialized_end=2415
+  _globals['_TOWERSTATE']._serialized_start=2584
+  _globals['_TOWERSTATE']._serialized_end=2701
   _globals['_QUERY']._serialized_start=134
   _globals['_QUERY']._serialized_end=285
   _globals['_QUERY_FEATURESENTRY']._serialized_start=202
@@ -49,26 +49,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BATCHRETRIEVEREQUEST']._serialized_end=915
   _globals['_BATCHRETRIEVERESPONSE']._serialized_start=917
   _globals['_BATCHRETRIEVERESPONSE']._serialized_end=995
-  _globals['_EMBEDREQUEST']._serialized_start=997
-  _globals['_EMBEDREQUEST']._serialized_end=1055
-  _globals['_EMBEDRESPONSE']._serialized_start=1057
-  _globals['_EMBEDRESPONSE']._serialized_end=1133
-  _globals['_GETSTATUSREQUEST']._serialized_start=1135
-  _globals['_GETSTATUSREQUEST']._serialized_end=1153
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1156
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1556
-  _globals['_SHADOWSTATUS']._serialized_start=1559
-  _globals['_SHADOWSTATUS']._serialized_end=1772
-  _globals['_VERSIONTRAFFIC']._serialized_start=1775
-  _globals['_VERSIONTRAFFIC']._serialized_end=1911
-  _globals['_TOWERSTATUS']._serialized_start=1914
-  _globals['_TOWERSTATUS']._serialized_end=2065
-  _globals['_SHARDCONNECTION']._serialized_start=2067
-  _globals['_SHARDCONNECTION']._serialized_end=2155
-  _globals['_CACHESTATUS']._serialized_start=2157
-  _globals['_CACHESTATUS']._serialized_end=2252
-  _globals['_QUERYFEATURE']._serialized_start=2254
-  _globals['_QUERYFEATURE']._serialized_end=2296
-  _globals['_QUERYSERVICE']._serialized_start=2418
-  _globals['_QUERYSERVICE']._serialized_end=2789
+  _globals['_STREAMRETRIEVEREQUEST']._serialized_start=997
+  _globals['_STREAMRETRIEVEREQUEST']._serialized_end=1075
+  _globals['_STREAMRETRIEVERESPONSE']._serialized_start=1078
+  _globals['_STREAMRETRIEVERESPONSE']._serialized_end=1236
+  _globals['_QUERYERROR']._serialized_start=1238
+  _globals['_QUERYERROR']._serialized_end=1281
+  _globals['_EMBEDREQUEST']._serialized_start=1283
+  _globals['_EMBEDREQUEST']._serialized_end=1341
+  _globals['_EMBEDRESPONSE']._serialized_start=1343
+  _globals['_EMBEDRESPONSE']._serialized_end=1419
+  _globals['_GETSTATUSREQUEST']._serialized_start=1421
+  _globals['_GETSTATUSREQUEST']._serialized_end=1439
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1442
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1842
+  _globals['_SHADOWSTATUS']._serialized_start=1845
+  _globals['_SHADOWSTATUS']._serialized_end=2058
+  _globals['_VERSIONTRAFFIC']._serialized_start=2061
+  _globals['_VERSIONTRAFFIC']._serialized_end=2197
+  _globals['_TOWERSTATUS']._serialized_start=2200
+  _globals['_TOWERSTATUS']._serialized_end=2351
+  _globals['_SHARDCONNECTION']._serialized_start=2353
+  _globals['_SHARDCONNECTION']._serialized_end=2441
+  _globals['_CACHESTATUS']._serialized_start=2443
+  _globals['_CACHESTATUS']._serialized_end=2538
+  _globals['_QUERYFEATURE']._serialized_start=2540
+  _globals['_QUERYFEATURE']._serialized_end=2582
+  _globals['_QUERYSERVICE']._serialized_start=2704
+  _globals['_QUERYSERVICE']._serialized_end=3184
 # @@protoc_insertion_point(module_scope)

@@ -281,6 +281,94 @@ class BatchRetrieveResponse(_message.Message):
 Global___BatchRetrieveResponse: _TypeAlias = BatchRetrieveResponse  # noqa: Y015
 
 @_typing.final
+class StreamRetrieveRequest(_message.Message):
+    """One query of a stream. Each has a k, a filter and exclusions of its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RETRIEVE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def retrieve(self) -> Global___RetrieveRequest:
+        """What is asked."""
+
+    def __init__(
+        self,
+        *,
+        retrieve: Global___RetrieveRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retrieve", b"retrieve"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["retrieve", b"retrieve"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamRetrieveRequest: _TypeAlias = StreamRetrieveRequest  # noqa: Y015
+
+@_typing.final
+class StreamRetrieveResponse(_message.Message):
+    """The answer to one query of a stream. Each is of one checkpoint version; when a new one goes live, answers of
+    the old one are followed by answers of the new one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    RETRIEVED_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Position of the query in the stream, from 0: answers come in this order, and there is one for each query."""
+    @_builtins.property
+    def retrieved(self) -> Global___RetrieveResponse:
+        """The best items."""
+
+    @_builtins.property
+    def error(self) -> Global___QueryError:
+        """Why this query has no answer; the others go on."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        retrieved: Global___RetrieveResponse | None = ...,
+        error: Global___QueryError | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "retrieved", b"retrieved"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "index", b"index", "outcome", b"outcome", "retrieved", b"retrieved"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["retrieved", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___StreamRetrieveResponse: _TypeAlias = StreamRetrieveResponse  # noqa: Y015
+
+@_typing.final
+class QueryError(_message.Message):
+    """Why one query of a stream failed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """The gRPC status that Retrieve would have failed with, by its number: 3 is INVALID_ARGUMENT."""
+    message: _builtins.str
+    """What is wrong, in words."""
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryError: _TypeAlias = QueryError  # noqa: Y015
+
+@_typing.final
 class EmbedRequest(_message.Message):
     """Asks for the embeddings of queries."""
 

@@ -45,6 +45,11 @@ class QueryServiceStub:
                 request_serializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.BatchRetrieveRequest.SerializeToString,
                 response_deserializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.BatchRetrieveResponse.FromString,
                 _registered_method=True)
+        self.StreamRetrieve = channel.stream_stream(
+                '/retrieval.query.v1.QueryService/StreamRetrieve',
+                request_serializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.StreamRetrieveRequest.SerializeToString,
+                response_deserializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.StreamRetrieveResponse.FromString,
+                _registered_method=True)
         self.Embed = channel.unary_unary(
                 '/retrieval.query.v1.QueryService/Embed',
                 request_serializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.EmbedRequest.SerializeToString,
@@ -70,6 +75,15 @@ class QueryServiceServicer:
 
     def BatchRetrieve(self, request, context):
         """Returns the k best items for each of many queries: one tower pass, one search per shard.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamRetrieve(self, request_iterator, context):
+        """Returns the k best items for each query of a stream, in the order of the queries. A bounded number of
+        them is under way at once: who reads answers slowly is asked for queries slowly. When the replica drains,
+        what was read is answered and the stream ends with UNAVAILABLE: ask the rest elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,6 +115,11 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.BatchRetrieve,
                     request_deserializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.BatchRetrieveRequest.FromString,
                     response_serializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.BatchRetrieveResponse.SerializeToString,
+            ),
+            'StreamRetrieve': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamRetrieve,
+                    request_deserializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.StreamRetrieveRequest.FromString,
+                    response_serializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.StreamRetrieveResponse.SerializeToString,
             ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
@@ -168,6 +187,33 @@ class QueryService:
             '/retrieval.query.v1.QueryService/BatchRetrieve',
             retrieval_dot_query_dot_v1_dot_query__service__pb2.BatchRetrieveRequest.SerializeToString,
             retrieval_dot_query_dot_v1_dot_query__service__pb2.BatchRetrieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamRetrieve(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/retrieval.query.v1.QueryService/StreamRetrieve',
+            retrieval_dot_query_dot_v1_dot_query__service__pb2.StreamRetrieveRequest.SerializeToString,
+            retrieval_dot_query_dot_v1_dot_query__service__pb2.StreamRetrieveResponse.FromString,
             options,
             channel_credentials,
             insecure,

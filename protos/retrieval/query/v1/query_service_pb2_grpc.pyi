@@ -37,6 +37,11 @@ class QueryServiceStub:
     """Returns the k best items for one query."""
     BatchRetrieve: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.BatchRetrieveRequest, _query_service_pb2.BatchRetrieveResponse]
     """Returns the k best items for each of many queries: one tower pass, one search per shard."""
+    StreamRetrieve: _grpc.StreamStreamMultiCallable[_query_service_pb2.StreamRetrieveRequest, _query_service_pb2.StreamRetrieveResponse]
+    """Returns the k best items for each query of a stream, in the order of the queries. A bounded number of
+    them is under way at once: who reads answers slowly is asked for queries slowly. When the replica drains,
+    what was read is answered and the stream ends with UNAVAILABLE: ask the rest elsewhere.
+    """
     Embed: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.EmbedRequest, _query_service_pb2.EmbedResponse]
     """Returns the embeddings of queries."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetStatusRequest, _query_service_pb2.GetStatusResponse]
@@ -51,6 +56,11 @@ class QueryServiceAsyncStub(QueryServiceStub):
     """Returns the k best items for one query."""
     BatchRetrieve: _aio.UnaryUnaryMultiCallable[_query_service_pb2.BatchRetrieveRequest, _query_service_pb2.BatchRetrieveResponse]  # type: ignore[assignment]
     """Returns the k best items for each of many queries: one tower pass, one search per shard."""
+    StreamRetrieve: _aio.StreamStreamMultiCallable[_query_service_pb2.StreamRetrieveRequest, _query_service_pb2.StreamRetrieveResponse]  # type: ignore[assignment]
+    """Returns the k best items for each query of a stream, in the order of the queries. A bounded number of
+    them is under way at once: who reads answers slowly is asked for queries slowly. When the replica drains,
+    what was read is answered and the stream ends with UNAVAILABLE: ask the rest elsewhere.
+    """
     Embed: _aio.UnaryUnaryMultiCallable[_query_service_pb2.EmbedRequest, _query_service_pb2.EmbedResponse]  # type: ignore[assignment]
     """Returns the embeddings of queries."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetStatusRequest, _query_service_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -74,6 +84,17 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_query_service_pb2.BatchRetrieveResponse, _abc.Awaitable[_query_service_pb2.BatchRetrieveResponse]]:
         """Returns the k best items for each of many queries: one tower pass, one search per shard."""
+
+    @_abc_1.abstractmethod
+    def StreamRetrieve(
+        self,
+        request_iterator: _MaybeAsyncIterator[_query_service_pb2.StreamRetrieveRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_query_service_pb2.StreamRetrieveResponse], _abc.AsyncIterator[_query_service_pb2.StreamRetrieveResponse]]:
+        """Returns the k best items for each query of a stream, in the order of the queries. A bounded number of
+        them is under way at once: who reads answers slowly is asked for queries slowly. When the replica drains,
+        what was read is answered and the stream ends with UNAVAILABLE: ask the rest elsewhere.
+        """
 
     @_abc_1.abstractmethod
     def Embed(
