@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli import catalog, demonstration, deploy, index, retrieve, serve, training, up
+from cli import catalog, demonstration, deploy, explain, index, retrieve, serve, training, up
 
 app = typer.Typer(
     name="twotower",
@@ -40,6 +40,7 @@ for _command in (
     training.checkpoints,
     up.up,
     retrieve.retrieve,
+    explain.explain,
     deploy.status,
     deploy.stage,
     deploy.canary,

@@ -19,7 +19,7 @@ from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 from query_service.deadline import Deadline
 from query_service.hits import BrokenAnswerError, Hits, hits_of
 from query_service.replicas import Replica, Shard
-from towers.errors import DeadlineError, InvalidInputError, TooFewShardsError
+from towers.errors import DeadlineError, InvalidInputError, TooFewShardsError, TwoTowerError, VersionNotLoadedError
 from towers.rpc import CHANNEL_OPTIONS
 from towers.settings import Layout
 
@@ -190,6 +190,37 @@ class Shards:
             num_shards=num_shards,
         )
 
+    async def rank_item(
+        self, request: index_service_pb2.RankItemRequest, deadline: Deadline
+    ) -> index_service_pb2.RankItemResponse:
+        """Asks one shard, the one that the request names, and once more at another replica where there is one.
+
+        Raises:
+            InvalidInputError: the shard refuses what the caller asked for.
+            VersionNotLoadedError: the shard does not hold the version.
+            TooFewShardsError: it does not answer.
+            DeadlineError: it does not answer in time.
+            BrokenAnswerError: it answered at another version.
+        """
+        number, version = request.shard, request.checkpoint_version
+        first, second = self._layouts[request.num_shards][number].next_two(version, time.monotonic())
+        timeout_s = deadline.remaining_s() * (_FIRST_TRY_SHARE if second else 1.0)
+        response: index_service_pb2.RankItemResponse
+        try:
+            response = await first.stub.RankItem(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            if second is None or error.code() not in _HEALED_ELSEWHERE:
+                raise _error_of(number, first, error) from error
+            try:
+                response = await second.stub.RankItem(request, timeout=deadline.remaining_s())
+            except grpc.aio.AioRpcError as again:
+                raise _error_of(number, second, again) from again
+        if response.checkpoint_version != version:
+            raise BrokenAnswerError(
+                f"shard {number} ranked at version {response.checkpoint_version}, asked for {version}"
+            )
+        return response
+
     async def _ask(
         self, number: int, shard: Shard, search: Search, request: index_service_pb2.SearchRequest, end: Deadline
     ) -> tuple[int, Hits | Failure]:
@@ -261,6 +292,19 @@ def _request(search: Search, embeddings: bytes, number: int, num_shards: int) ->
         num_shards=num_shards,
         filter=search.filter,
     )
+
+
+def _error_of(number: int, replica: Replica, error: grpc.aio.AioRpcError) -> TwoTowerError:
+    message = f"{_name(number, replica)}: {error.code().name}: {error.details()}"
+    match error.code():
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return InvalidInputError(error.details())
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return VersionNotLoadedError(message)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineError(message)
+        case _:
+            return TooFewShardsError(message)
 
 
 def _failure(number: int, replica: Replica, status: grpc.StatusCode, why: str) -> Failure:

@@ -12,6 +12,7 @@ from retrieval.query.v1 import query_service_pb2_grpc
 
 from query_service.cache import EmbeddingCache
 from query_service.embed import Embedder
+from query_service.explain import Explainer
 from query_service.fan_out import Shards
 from query_service.offload import Offload
 from query_service.parse import Limits
@@ -51,7 +52,9 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
     limits = Limits(settings.max_k, settings.max_batch_size, max(shards.num_shards))
     traffic = Traffic()
     shadow = Shadow(settings.shadow_share, settings.default_timeout_s)
-    retriever = Retriever(versions, Embedder(cache, offload), shards, offload, traffic, shadow, limits)
+    embedder = Embedder(cache, offload)
+    retriever = Retriever(versions, embedder, shards, offload, traffic, shadow, limits)
+    explainer = Explainer(versions, embedder, shards, limits)
     server = RpcServer(
         settings.address,
         SERVICE_NAME,
@@ -62,6 +65,7 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
     query_service_pb2_grpc.add_QueryServiceServicer_to_server(
         QueryService(
             retriever,
+            explainer,
             versions,
             shards,
             cache,

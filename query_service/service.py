@@ -12,6 +12,7 @@ from retrieval.query.v1 import query_service_pb2, query_service_pb2_grpc
 
 from query_service.cache import EmbeddingCache
 from query_service.deadline import Deadline
+from query_service.explain import Explainer
 from query_service.fan_out import Shards
 from query_service.retrieve import Retriever
 from query_service.shadow import Comparison, Shadow
@@ -38,6 +39,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
     def __init__(
         self,
         retriever: Retriever,
+        explainer: Explainer,
         versions: Versions,
         shards: Shards,
         cache: EmbeddingCache,
@@ -48,6 +50,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         draining: asyncio.Event,
     ) -> None:
         self._retriever = retriever
+        self._explainer = explainer
         self._versions = versions
         self._shards = shards
         self._cache = cache
@@ -99,6 +102,29 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
     ) -> query_service_pb2.EmbedResponse:
         """Returns the embeddings of queries."""
         return await self._retriever.embed(request.queries, self._deadline(context))
+
+    async def Explain(  # noqa: N802
+        self, request: query_service_pb2.ExplainRequest, context: _Context
+    ) -> query_service_pb2.ExplainResponse:
+        """Returns why an item is, or is not, among the best for a query."""
+        explanation = await self._explainer.explain(request, self._deadline(context))
+        return query_service_pb2.ExplainResponse(
+            finding=query_service_pb2.Finding.Value(f"FINDING_{explanation.finding.name}"),
+            reason=explanation.reason,
+            score=explanation.score,
+            exact_rank=explanation.exact_rank,
+            num_items=explanation.num_counted,
+            found_by_index=explanation.is_found,
+            last_score=explanation.last_score,
+            shard=explanation.shard,
+            num_shards=explanation.pin.num_shards,
+            checkpoint_version=explanation.pin.version,
+            catalogue_version=explanation.catalogue_version,
+            contributions=[
+                query_service_pb2.FeatureContribution(feature=name, contribution=contribution)
+                for name, contribution in explanation.contributions
+            ],
+        )
 
     async def GetStatus(  # noqa: N802
         self,

@@ -23,6 +23,17 @@ _STATES: Mapping[int, Literal["loading", "available", "failed"]] = {
 }
 
 
+_FINDINGS: "Mapping[int, Finding]" = {
+    query_service_pb2.FINDING_RETURNED: "returned",
+    query_service_pb2.FINDING_BELOW_K: "below_k",
+    query_service_pb2.FINDING_MISSED_BY_INDEX: "missed_by_index",
+    query_service_pb2.FINDING_FILTERED_OUT: "filtered_out",
+    query_service_pb2.FINDING_EXCLUDED: "excluded",
+    query_service_pb2.FINDING_QUARANTINED: "quarantined",
+    query_service_pb2.FINDING_UNKNOWN_ITEM: "unknown_item",
+}
+
+
 @dataclass(frozen=True)
 class RetrievedItem:
     """One item of an answer."""
@@ -56,6 +67,38 @@ class Embeddings:
     vectors: tuple[tuple[float, ...], ...]
     """`[B, D]`, in the order of the queries."""
     checkpoint_version: int
+
+
+Finding = Literal[
+    "returned", "below_k", "missed_by_index", "filtered_out", "excluded", "quarantined", "unknown_item", "unspecified"
+]
+"""What became of an item."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where an item stands for a query. Figures are None where the item has no embedding."""
+
+    finding: Finding
+    reason: str
+    """The same in words."""
+    score: float | None
+    exact_rank: int | None
+    """By exact scores among the items that may be returned, from 1."""
+    num_items: int | None
+    """Items that may be returned."""
+    found_by_index: bool | None
+    """Whether the index finds it when asked for as many as its rank; None where that cannot be asked."""
+    last_score: float | None
+    """Of the last item that is returned; None where nothing is."""
+    shard: int
+    """The one that holds the item, or would."""
+    num_shards: int
+    checkpoint_version: int
+    catalogue_version: str
+    """The state of the catalogue that the shard searches."""
+    contributions: Mapping[str, float | None]
+    """For each feature of the query the score minus the score without it; they do not add up to the score."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +227,27 @@ def outcome_of(response: query_service_pb2.StreamRetrieveResponse) -> Retrieval 
 def retrievals_of(response: query_service_pb2.BatchRetrieveResponse) -> tuple[Retrieval, ...]:
     """Reads the answers to many queries."""
     return tuple(retrieval_of(result) for result in response.results)
+
+
+def explanation_of(response: query_service_pb2.ExplainResponse) -> Explanation:
+    """Reads where an item stands."""
+    return Explanation(
+        finding=_FINDINGS.get(response.finding, "unspecified"),
+        reason=response.reason,
+        score=response.score if response.HasField("score") else None,
+        exact_rank=response.exact_rank if response.HasField("exact_rank") else None,
+        num_items=response.num_items if response.HasField("num_items") else None,
+        found_by_index=response.found_by_index if response.HasField("found_by_index") else None,
+        last_score=response.last_score if response.HasField("last_score") else None,
+        shard=response.shard,
+        num_shards=response.num_shards,
+        checkpoint_version=response.checkpoint_version,
+        catalogue_version=response.catalogue_version,
+        contributions={
+            part.feature: part.contribution if part.HasField("contribution") else None
+            for part in response.contributions
+        },
+    )
 
 
 def embeddings_of(response: query_service_pb2.EmbedResponse) -> Embeddings:

@@ -12,9 +12,11 @@ from retrieval.query.v1 import query_service_pb2, query_service_pb2_grpc
 
 from retrieval_client.answers import (
     Embeddings,
+    Explanation,
     Retrieval,
     ServiceStatus,
     embeddings_of,
+    explanation_of,
     retrieval_of,
     retrievals_of,
     status_of,
@@ -27,6 +29,7 @@ from retrieval_client.questions import (
     StreamedQuery,
     batch_retrieve_request,
     embed_request,
+    explain_request,
     retrieve_request,
     stream_request,
 )
@@ -147,6 +150,37 @@ class RetrievalClient:
             stream_request(query, k, excluded_item_ids, min_shards, attribute_names, filter) for query in queries
         )
         return Stream(self._stub.StreamRetrieve, requests).outcomes()
+
+    def explain(
+        self,
+        features: Features,
+        item_id: str,
+        k: int = 10,
+        *,
+        excluded_item_ids: Sequence[str] = (),
+        filter: Filter | None = None,  # noqa: A002
+        checkpoint_version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Explanation:
+        """Says why an item is, or is not, among the k best for a query: "why is this item not here".
+
+        Give the same query, k, exclusions and filter as to the `retrieve` whose answer surprised. Slower than that:
+        it scores every item, so give it more time.
+
+        Args:
+            features: Raw features by name.
+            item_id: The item; one that the catalogue does not hold is an answer, not an error.
+            k: How many items were asked for.
+            excluded_item_ids: Items that were excluded.
+            filter: The filter that there was.
+            checkpoint_version: The version whose answer is to be explained, live or standing by; None: the live one.
+            timeout_s: Deadline of this call.
+
+        Raises:
+            RetrievalError: as of `retrieve`; UNAVAILABLE where one shard does not answer.
+        """
+        request = explain_request(features, item_id, k, excluded_item_ids, filter, checkpoint_version)
+        return explanation_of(self._call(self._stub.Explain, request, timeout_s))
 
     def embed(self, queries: Sequence[Features], *, timeout_s: float | None = None) -> Embeddings:
         """Returns the embeddings of queries. Errors as of `retrieve`."""

@@ -83,6 +83,26 @@ def stream_request(
     return query_service_pb2.StreamRetrieveRequest(retrieve=retrieve)
 
 
+def explain_request(
+    features: Features,
+    item_id: str,
+    k: int,
+    excluded_item_ids: Sequence[str],
+    filter: Filter | None,  # noqa: A002
+    checkpoint_version: int | None,
+) -> query_service_pb2.ExplainRequest:
+    """Builds the question where an item stands; raises as `retrieve_request`."""
+    [named] = _strings("item_id", [item_id])
+    return query_service_pb2.ExplainRequest(
+        query=_query(features),
+        item_id=named,
+        k=_int32("k", k),
+        excluded_item_ids=_strings("excluded_item_ids", excluded_item_ids),
+        filter=_filter_message(filter),
+        checkpoint_version=checkpoint_version or 0,
+    )
+
+
 def embed_request(queries: Sequence[Features]) -> query_service_pb2.EmbedRequest:
     """Builds the request for embeddings; raises as `retrieve_request`."""
     return query_service_pb2.EmbedRequest(queries=_queries(queries))

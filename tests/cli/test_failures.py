@@ -25,6 +25,7 @@ COMMANDS = [
     "checkpoints",
     "up",
     "retrieve",
+    "explain",
     "status",
     "stage",
     "promote",

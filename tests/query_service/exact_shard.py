@@ -32,6 +32,8 @@ class ExactShard(index_service_pb2_grpc.IndexServiceServicer):
         self.failure: grpc.StatusCode | None = None
         self.spoil: Callable[[index_service_pb2.SearchResponse], None] = lambda response: None
         """Changes answers before they leave."""
+        self.version_shift = 0
+        """Added to the version that a rank says it is of."""
         self.before_search: Callable[[], None] = lambda: None
         self.num_calls = 0
         self.last_request = index_service_pb2.SearchRequest()
@@ -83,20 +85,52 @@ class ExactShard(index_service_pb2_grpc.IndexServiceServicer):
         self.spoil(response)
         return response
 
+    async def RankItem(  # noqa: N802
+        self, request: index_service_pb2.RankItemRequest, context: Context
+    ) -> index_service_pb2.RankItemResponse:
+        self.num_calls += 1
+        await asyncio.sleep(self.delay_s)
+        if self.failure is not None:
+            await context.abort(self.failure, "told to fail")
+        model = self._held(request)
+        queries = np.frombuffer(request.query_embeddings, "<f4").reshape(request.num_queries, model.dim)
+        counted = [item_id for item_id in self.item_ids if item_id not in set(request.excluded_item_ids)]
+        is_held = request.item_id in self.item_ids
+        scores, score = np.empty(0), request.score if request.HasField("score") else None
+        if is_held:
+            scores = queries @ model.item_embeddings([request.item_id]).astype(np.float32)[0]
+            score = float(scores[0])
+        better = 0
+        if score is not None:
+            others = [item_id for item_id in counted if item_id != request.item_id]
+            better = int((queries[0] @ model.item_embeddings(others).astype(np.float32).T > score).sum())
+        return index_service_pb2.RankItemResponse(
+            state=index_service_pb2.ITEM_STATE_HELD if is_held else index_service_pb2.ITEM_STATE_NOT_HELD,
+            meets_filter=is_held,
+            scores=scores.astype("<f4").tobytes(),
+            num_better=better,
+            num_counted=len(counted),
+            checkpoint_version=request.checkpoint_version + self.version_shift,
+            catalogue_version="0.1",
+        )
+
     def GetShardStatus(  # noqa: N802
         self, request: index_service_pb2.GetShardStatusRequest, context: Any
     ) -> index_service_pb2.GetShardStatusResponse:
         raise NotImplementedError
 
-    def _search(self, request: index_service_pb2.SearchRequest) -> index_service_pb2.SearchResponse:
+    def _held(self, request: index_service_pb2.SearchRequest | index_service_pb2.RankItemRequest) -> ToyModel:
         if (request.shard, request.num_shards) != self._place:
             raise WrongShardError(f"this is shard {self._place[0]} of {self._place[1]}")
         if request.checkpoint_version not in self.models:
             raise VersionNotLoadedError(f"checkpoint_version {request.checkpoint_version} is not loaded")
+        return self.models[request.checkpoint_version]
+
+    def _search(self, request: index_service_pb2.SearchRequest) -> index_service_pb2.SearchResponse:
+        model = self._held(request)
         for name in request.attribute_names:
             if name not in self._items.column_names:
                 raise InvalidInputError(f"attribute_names: unknown attribute {name!r}")
-        model = self.models[request.checkpoint_version]
         queries = np.frombuffer(request.query_embeddings, "<f4").reshape(request.num_queries, model.dim)
         excluded = set(request.excluded_item_ids)
         rows = [row for row, item_id in enumerate(self.item_ids) if item_id not in excluded]

@@ -345,7 +345,7 @@ def test_both_clients_have_the_same_methods() -> None:
     # Beside the iterators, which differ, streams are alike as well.
     assert ours.pop("stream_retrieve").partition("k: int")[2].partition(" ->")[0] in theirs.pop("stream_retrieve")
     assert ours == theirs
-    assert set(ours) == {"retrieve", "batch_retrieve", "embed", "get_status", "close"}
+    assert set(ours) == {"retrieve", "batch_retrieve", "explain", "embed", "get_status", "close"}
     assert inspect.signature(RetrievalClient) == inspect.signature(AsyncRetrievalClient)
 
 

@@ -21,6 +21,50 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Finding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FindingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Finding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINDING_UNSPECIFIED: _Finding.ValueType  # 0
+    """Not known."""
+    FINDING_RETURNED: _Finding.ValueType  # 1
+    """It is returned."""
+    FINDING_BELOW_K: _Finding.ValueType  # 2
+    """More than k items are better."""
+    FINDING_MISSED_BY_INDEX: _Finding.ValueType  # 3
+    """It is one of the k best, but the approximate index does not find it."""
+    FINDING_FILTERED_OUT: _Finding.ValueType  # 4
+    """It does not meet the filter."""
+    FINDING_EXCLUDED: _Finding.ValueType  # 5
+    """It is one of the excluded items."""
+    FINDING_QUARANTINED: _Finding.ValueType  # 6
+    """It is in the catalogue, but could not be embedded at this version."""
+    FINDING_UNKNOWN_ITEM: _Finding.ValueType  # 7
+    """The catalogue does not hold it."""
+
+class Finding(_Finding, metaclass=_FindingEnumTypeWrapper):
+    """What became of an item."""
+
+FINDING_UNSPECIFIED: Finding.ValueType  # 0
+"""Not known."""
+FINDING_RETURNED: Finding.ValueType  # 1
+"""It is returned."""
+FINDING_BELOW_K: Finding.ValueType  # 2
+"""More than k items are better."""
+FINDING_MISSED_BY_INDEX: Finding.ValueType  # 3
+"""It is one of the k best, but the approximate index does not find it."""
+FINDING_FILTERED_OUT: Finding.ValueType  # 4
+"""It does not meet the filter."""
+FINDING_EXCLUDED: Finding.ValueType  # 5
+"""It is one of the excluded items."""
+FINDING_QUARANTINED: Finding.ValueType  # 6
+"""It is in the catalogue, but could not be embedded at this version."""
+FINDING_UNKNOWN_ITEM: Finding.ValueType  # 7
+"""The catalogue does not hold it."""
+Global___Finding: _TypeAlias = Finding  # noqa: Y015
+
 class _TowerState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -421,6 +465,179 @@ class EmbedResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Asks where an item stands for a query."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    EXCLUDED_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_VERSION_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """The item."""
+    k: _builtins.int
+    """How many items were asked for; 0 means 10."""
+    checkpoint_version: _builtins.int
+    """The version whose answer is to be explained, live or standing by; another one fails with
+    FAILED_PRECONDITION. 0 means the live one.
+    """
+    @_builtins.property
+    def query(self) -> Global___Query:
+        """The query."""
+
+    @_builtins.property
+    def excluded_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Items that were excluded."""
+
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """The filter that there was; left out: none."""
+
+    def __init__(
+        self,
+        *,
+        query: Global___Query | None = ...,
+        item_id: _builtins.str = ...,
+        k: _builtins.int = ...,
+        excluded_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        filter: _filter_pb2.Filter | None = ...,
+        checkpoint_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "query", b"query"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "excluded_item_ids", b"excluded_item_ids", "filter", b"filter", "item_id", b"item_id", "k", b"k", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """Where an item stands for a query, all at one checkpoint version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINDING_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    EXACT_RANK_FIELD_NUMBER: _builtins.int
+    NUM_ITEMS_FIELD_NUMBER: _builtins.int
+    FOUND_BY_INDEX_FIELD_NUMBER: _builtins.int
+    LAST_SCORE_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    NUM_SHARDS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_VERSION_FIELD_NUMBER: _builtins.int
+    CATALOGUE_VERSION_FIELD_NUMBER: _builtins.int
+    CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    finding: Global___Finding.ValueType
+    """What became of the item."""
+    reason: _builtins.str
+    """The same in words."""
+    score: _builtins.float
+    """Inner product of the unit embeddings of query and item. Unset where the item has no embedding."""
+    exact_rank: _builtins.int
+    """The item's place by exact scores among the items that may be returned, from 1; where it may not be
+    returned itself, the place that it would have. Unset where the item has no embedding.
+    """
+    num_items: _builtins.int
+    """Items that may be returned, of all shards. Unset where the item has no embedding."""
+    found_by_index: _builtins.bool
+    """Whether the index finds the item when asked for as many items as its rank, or for k. Unset where it may not
+    be returned, or where more than the service allows would have to be asked for.
+    """
+    last_score: _builtins.float
+    """The score of the last item that is returned: what a better one must have. Unset where nothing is."""
+    shard: _builtins.int
+    """The shard that holds the item, or would."""
+    num_shards: _builtins.int
+    """Shards of the layout that answered."""
+    checkpoint_version: _builtins.int
+    """The checkpoint whose towers made all embeddings."""
+    catalogue_version: _builtins.str
+    """State of the catalogue that the shard searches."""
+    @_builtins.property
+    def contributions(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureContribution]:
+        """For each feature of the query, in the order of their names. Empty where the item has no embedding."""
+
+    def __init__(
+        self,
+        *,
+        finding: Global___Finding.ValueType = ...,
+        reason: _builtins.str = ...,
+        score: _builtins.float | None = ...,
+        exact_rank: _builtins.int | None = ...,
+        num_items: _builtins.int | None = ...,
+        found_by_index: _builtins.bool | None = ...,
+        last_score: _builtins.float | None = ...,
+        shard: _builtins.int = ...,
+        num_shards: _builtins.int = ...,
+        checkpoint_version: _builtins.int = ...,
+        catalogue_version: _builtins.str = ...,
+        contributions: _abc.Iterable[Global___FeatureContribution] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exact_rank", b"_exact_rank", "_found_by_index", b"_found_by_index", "_last_score", b"_last_score", "_num_items", b"_num_items", "_score", b"_score", "exact_rank", b"exact_rank", "found_by_index", b"found_by_index", "last_score", b"last_score", "num_items", b"num_items", "score", b"score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exact_rank", b"_exact_rank", "_found_by_index", b"_found_by_index", "_last_score", b"_last_score", "_num_items", b"_num_items", "_score", b"_score", "catalogue_version", b"catalogue_version", "checkpoint_version", b"checkpoint_version", "contributions", b"contributions", "exact_rank", b"exact_rank", "finding", b"finding", "found_by_index", b"found_by_index", "last_score", b"last_score", "num_items", b"num_items", "num_shards", b"num_shards", "reason", b"reason", "score", b"score", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__exact_rank: _TypeAlias = _typing.Literal["exact_rank"]  # noqa: Y015
+    _WhichOneofArgType__exact_rank: _TypeAlias = _typing.Literal["_exact_rank", b"_exact_rank"]  # noqa: Y015
+    _WhichOneofReturnType__found_by_index: _TypeAlias = _typing.Literal["found_by_index"]  # noqa: Y015
+    _WhichOneofArgType__found_by_index: _TypeAlias = _typing.Literal["_found_by_index", b"_found_by_index"]  # noqa: Y015
+    _WhichOneofReturnType__last_score: _TypeAlias = _typing.Literal["last_score"]  # noqa: Y015
+    _WhichOneofArgType__last_score: _TypeAlias = _typing.Literal["_last_score", b"_last_score"]  # noqa: Y015
+    _WhichOneofReturnType__num_items: _TypeAlias = _typing.Literal["num_items"]  # noqa: Y015
+    _WhichOneofArgType__num_items: _TypeAlias = _typing.Literal["_num_items", b"_num_items"]  # noqa: Y015
+    _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
+    _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exact_rank) -> _WhichOneofReturnType__exact_rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__found_by_index) -> _WhichOneofReturnType__found_by_index | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_score) -> _WhichOneofReturnType__last_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_items) -> _WhichOneofReturnType__num_items | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score) -> _WhichOneofReturnType__score | None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class FeatureContribution(_message.Message):
+    """What one feature of the query does for the score of an item. Features act together: the contributions of all do
+    not add up to the score.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_FIELD_NUMBER: _builtins.int
+    feature: _builtins.str
+    """Name of the feature."""
+    contribution: _builtins.float
+    """The score minus the score without this feature: positive where the feature speaks for the item. Unset where
+    the query has no embedding without it.
+    """
+    def __init__(
+        self,
+        *,
+        feature: _builtins.str = ...,
+        contribution: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_contribution", b"_contribution", "contribution", b"contribution"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_contribution", b"_contribution", "contribution", b"contribution", "feature", b"feature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__contribution: _TypeAlias = _typing.Literal["contribution"]  # noqa: Y015
+    _WhichOneofArgType__contribution: _TypeAlias = _typing.Literal["_contribution", b"_contribution"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contribution) -> _WhichOneofReturnType__contribution | None: ...
+
+Global___FeatureContribution: _TypeAlias = FeatureContribution  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):

@@ -55,6 +55,11 @@ class QueryServiceStub:
                 request_serializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/retrieval.query.v1.QueryService/Explain',
+                request_serializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/retrieval.query.v1.QueryService/GetStatus',
                 request_serializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.GetStatusRequest.SerializeToString,
@@ -96,6 +101,14 @@ class QueryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Returns why an item is, or is not, among the best for a query. Slower than Retrieve: it scores every item.
+        Needs all shards.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """Returns the versions this replica serves, its shards and its cache.
         """
@@ -125,6 +138,11 @@ def add_QueryServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.EmbedRequest.FromString,
                     response_serializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.ExplainRequest.FromString,
+                    response_serializer=retrieval_dot_query_dot_v1_dot_query__service__pb2.ExplainResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -241,6 +259,33 @@ class QueryService:
             '/retrieval.query.v1.QueryService/Embed',
             retrieval_dot_query_dot_v1_dot_query__service__pb2.EmbedRequest.SerializeToString,
             retrieval_dot_query_dot_v1_dot_query__service__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/retrieval.query.v1.QueryService/Explain',
+            retrieval_dot_query_dot_v1_dot_query__service__pb2.ExplainRequest.SerializeToString,
+            retrieval_dot_query_dot_v1_dot_query__service__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,10 @@ class QueryServiceStub:
     """
     Embed: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.EmbedRequest, _query_service_pb2.EmbedResponse]
     """Returns the embeddings of queries."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.ExplainRequest, _query_service_pb2.ExplainResponse]
+    """Returns why an item is, or is not, among the best for a query. Slower than Retrieve: it scores every item.
+    Needs all shards.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_query_service_pb2.GetStatusRequest, _query_service_pb2.GetStatusResponse]
     """Returns the versions this replica serves, its shards and its cache."""
 
@@ -63,6 +67,10 @@ class QueryServiceAsyncStub(QueryServiceStub):
     """
     Embed: _aio.UnaryUnaryMultiCallable[_query_service_pb2.EmbedRequest, _query_service_pb2.EmbedResponse]  # type: ignore[assignment]
     """Returns the embeddings of queries."""
+    Explain: _aio.UnaryUnaryMultiCallable[_query_service_pb2.ExplainRequest, _query_service_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Returns why an item is, or is not, among the best for a query. Slower than Retrieve: it scores every item.
+    Needs all shards.
+    """
     GetStatus: _aio.UnaryUnaryMultiCallable[_query_service_pb2.GetStatusRequest, _query_service_pb2.GetStatusResponse]  # type: ignore[assignment]
     """Returns the versions this replica serves, its shards and its cache."""
 
@@ -103,6 +111,16 @@ class QueryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_query_service_pb2.EmbedResponse, _abc.Awaitable[_query_service_pb2.EmbedResponse]]:
         """Returns the embeddings of queries."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _query_service_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_query_service_pb2.ExplainResponse, _abc.Awaitable[_query_service_pb2.ExplainResponse]]:
+        """Returns why an item is, or is not, among the best for a query. Slower than Retrieve: it scores every item.
+        Needs all shards.
+        """
 
     @_abc_1.abstractmethod
     def GetStatus(
