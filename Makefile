@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check protos clean
+.PHONY: demo test check protos examples clean
 
 demo: .venv/installed  ## Train, publish, serve, retrieve and swap on MovieLens-100K.
 	$(BIN)/twotower demo
@@ -18,13 +18,16 @@ check: .venv/installed  ## Format, lint, types, import contracts, protos, stubs.
 	scripts/protos --check
 	$(BIN)/hadolint Dockerfile
 
-protos: .venv/installed  ## Regenerate the stubs beside the protos.
+protos: .venv/installed  ## Regenerate the stubs beside the protos, and docs/api.md.
 	scripts/protos
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
+
+examples:  ## What the examples in other languages, and their tests, need. Takes npm, with Node 20 or newer.
+	npm ci --no-audit --no-fund --prefix docs/examples/typescript
 
 clean:  ## Remove what the demo made.
 	rm -rf var
