@@ -1,6 +1,7 @@
 """The typed client of the query service: `RetrievalClient`, and `AsyncRetrievalClient` for asyncio.
 
-Needs only grpcio and the stubs. Deliberately knows nothing of towers, shards or caches.
+`retrieval_client.fake` is a service for tests. Needs only grpcio and the stubs. Deliberately knows nothing of towers,
+shards or caches.
 """
 
 from retrieval_client.answers import (

@@ -200,7 +200,7 @@ class ServiceStatus:
 def retrieval_of(response: query_service_pb2.RetrieveResponse) -> Retrieval:
     """Reads the answer to one query: columns become items."""
     names = [column.name for column in response.attributes]
-    columns = [[_attribute_value(value) for value in column.values] for column in response.attributes]
+    columns = [[attribute_value(value) for value in column.values] for column in response.attributes]
     rows: Sequence[tuple[AttributeValue, ...]] = (
         list(zip(*columns, strict=True)) if columns else [()] * len(response.item_ids)
     )
@@ -302,7 +302,8 @@ def _shadow(message: query_service_pb2.ShadowStatus) -> ShadowStatus:
     )
 
 
-def _attribute_value(value: feature_pb2.FeatureValue) -> AttributeValue:
+def attribute_value(value: feature_pb2.FeatureValue) -> AttributeValue:
+    """Reads a value."""
     match value.WhichOneof("value"):
         case "string_value":
             return value.string_value

@@ -59,6 +59,11 @@ def error_of(code: grpc.StatusCode, details: str | None) -> RetrievalError:
     return _CLASSES.get(code, RetrievalError)(code.name, details or "")
 
 
+def error_of_batch(start: int, code: grpc.StatusCode, details: str | None) -> RetrievalError:
+    """The error of one batch of many: it numbers its queries from 0."""
+    return error_of(code, f"in the batch that begins with query {start}: {details or ''}")
+
+
 def error_of_query(code: int, message: str) -> RetrievalError:
     """The error of one query of a stream."""
     return error_of(_STATUSES.get(code, grpc.StatusCode.UNKNOWN), message)

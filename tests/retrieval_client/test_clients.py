@@ -343,7 +343,8 @@ def test_both_clients_have_the_same_methods() -> None:
 
     ours, theirs = signatures(RetrievalClient), signatures(AsyncRetrievalClient)
     # Beside the iterators, which differ, streams are alike as well.
-    assert ours.pop("stream_retrieve").partition("k: int")[2].partition(" ->")[0] in theirs.pop("stream_retrieve")
+    for name in ("stream_retrieve", "retrieve_all"):
+        assert ours.pop(name).partition("k: int")[2].partition(" ->")[0] in theirs.pop(name)
     assert ours == theirs
     assert set(ours) == {"retrieve", "batch_retrieve", "explain", "embed", "get_status", "close"}
     assert inspect.signature(RetrievalClient) == inspect.signature(AsyncRetrievalClient)
