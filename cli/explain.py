@@ -12,7 +12,7 @@ import typer
 from cli import options
 from cli.filters import parse_filter
 from cli.options import DEFAULT_ADDRESS
-from cli.retrieve import parse_value, split_feature
+from cli.retrieve import query_of, split_feature
 
 if TYPE_CHECKING:
     from retrieval_client import Explanation
@@ -55,8 +55,7 @@ def explain(
     conditions = [parse_filter(text) for text in filter_ or []]
     try:
         with RetrievalClient(address, timeout_s=timeout_s) as client:
-            kinds = {feature.name: feature.kind for feature in client.get_status().features}
-            query = {name: parse_value(name, text, kinds) for name, text in texts.items()}
+            query = query_of(texts, client, address)
             condition = all_of(*conditions) if conditions else None
             found = client.explain(
                 query, item_id, k, excluded_item_ids=exclude or [], filter=condition, checkpoint_version=version

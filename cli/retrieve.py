@@ -60,11 +60,7 @@ def retrieve(
     conditions = [parse_filter(text) for text in filter_ or []]
     try:
         with RetrievalClient(address, timeout_s=timeout_s) as client:
-            status = client.get_status()
-            if status.live_version is None:
-                raise NotReadyError(f"{address} has no version loaded yet; look at twotower status")
-            kinds = {feature.name: feature.kind for feature in status.features}
-            query = {name: parse_value(name, text, kinds) for name, text in texts.items()}
+            query = query_of(texts, client, address)
             condition = all_of(*conditions) if conditions else None
             answer, milliseconds = _ask(client, query, k, attribute, exclude or [], min_shards, condition)
     except UnavailableError as error:
@@ -73,6 +69,22 @@ def retrieve(
         say(json.dumps(_as_json(answer, milliseconds)))
     else:
         _print(answer, milliseconds)
+
+
+def query_of(texts: Mapping[str, str], client: "RetrievalClient", address: str) -> "dict[str, FeatureValue]":
+    """Reads the features of a query as the live version wants them.
+
+    Raises:
+        InvalidInputError: it does not read one of them, or the text is not a number.
+        NotReadyError: there is no live version yet.
+    """
+    from towers.errors import NotReadyError
+
+    status = client.get_status()
+    if status.live_version is None:
+        raise NotReadyError(f"{address} has no version loaded yet; look at twotower status")
+    kinds = {feature.name: feature.kind for feature in status.features}
+    return {name: parse_value(name, text, kinds) for name, text in texts.items()}
 
 
 def split_feature(text: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from query_service.shadow import Comparison, Shadow
 from query_service.stream import answer_stream
 from query_service.traffic import Traffic
 from query_service.versions import TowerState, Versions
-from towers.errors import InvalidInputError
+from towers.errors import InvalidInputError, NotReadyError
 from towers.rpc import told
 
 SERVICE_NAME = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
@@ -89,6 +89,9 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
                 if not request.HasField("retrieve"):
                     raise InvalidInputError("retrieve is not set; put the query there")
                 [response] = await self._retriever.retrieve(request.retrieve, [request.retrieve.query], deadline)
+            except NotReadyError:
+                # Of a replica that has just started; it says nothing of the query.
+                raise
             except Exception as error:
                 status, message = told(error, "a query of StreamRetrieve")
                 failure = query_service_pb2.QueryError(code=status.value[0], message=message)

@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 
 MAX_UNANSWERED = 256
 """Queries taken from the caller whose answers have not come: some wait at the service, the others on their way."""
-MAX_FAILURES = 6
-"""In a row, without one answer in between."""
+MAX_FAILURES = 8
+"""In a row, without one answer in between: about seven seconds, in which a replica starts."""
 ENDED_EARLY = "the service ended the stream before it had answered all queries"
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0

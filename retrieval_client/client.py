@@ -205,7 +205,8 @@ class RetrievalClient:
             ValueError: a number that is not finite or too large to be sent exactly, likewise.
         """
         requests = (
-            stream_request(query, k, excluded_item_ids, min_shards, attribute_names, filter) for query in queries
+            stream_request(number, query, k, excluded_item_ids, min_shards, attribute_names, filter)
+            for number, query in enumerate(queries)
         )
         return Stream(self._stub.StreamRetrieve, requests).outcomes()
 

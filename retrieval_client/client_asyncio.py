@@ -214,8 +214,10 @@ class AsyncRetrievalClient:
         """
 
         async def requests() -> AsyncIterator[query_service_pb2.StreamRetrieveRequest]:
+            number = 0
             async for query in _each(queries):
-                yield stream_request(query, k, excluded_item_ids, min_shards, attribute_names, filter)
+                yield stream_request(number, query, k, excluded_item_ids, min_shards, attribute_names, filter)
+                number += 1
 
         return AsyncStream(self._stub.StreamRetrieve, requests()).outcomes()
 

@@ -67,6 +67,7 @@ def batch_retrieve_request(
 
 
 def stream_request(
+    number: int,
     query: Features | StreamedQuery,
     k: int,
     excluded_item_ids: Sequence[str],
@@ -74,12 +75,15 @@ def stream_request(
     attribute_names: Sequence[str],
     filter: Filter | None,  # noqa: A002
 ) -> query_service_pb2.StreamRetrieveRequest:
-    """Builds the request for one query of a stream; raises as `retrieve_request`."""
+    """Builds the request for one query of a stream; raises as `retrieve_request`, with the query's number."""
     if not isinstance(query, StreamedQuery):
         query = StreamedQuery(query)
-    excluded = [*_strings("excluded_item_ids", excluded_item_ids)]
-    excluded += _strings("excluded_item_ids", query.excluded_item_ids)
-    retrieve = retrieve_request(query.features, k, excluded, min_shards, attribute_names, filter)
+    try:
+        own = _strings("excluded_item_ids", query.excluded_item_ids)
+        excluded = [*_strings("excluded_item_ids", excluded_item_ids), *own]
+        retrieve = retrieve_request(query.features, k, excluded, min_shards, attribute_names, filter)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"query {number}: {error}") from error
     return query_service_pb2.StreamRetrieveRequest(retrieve=retrieve)
 
 

@@ -89,6 +89,11 @@ WRONG = {
         2,
         "'-k': Input should be greater than or equal to 1; see twotower retrieve --help",
     ),
+    "nobody there to explain": (
+        ["explain", "50", "user_id=1", "--address", "127.0.0.1:1"],
+        1,
+        "the query service at 127.0.0.1:1 is unavailable",
+    ),
     "nobody there": (
         ["retrieve", "user_id=1", "--address", "127.0.0.1:1"],
         1,

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
@@ -10,7 +11,10 @@ from query_system import PATIENCE_S, System, World, assert_exact, query_of, runn
 from retrieval.query.v1 import query_service_pb2, query_service_pb2_grpc
 from toy_checkpoint import ToyModel
 
+from query_service.serve import serving
+from query_service.settings import QuerySettings
 from query_service.stream import answer_stream
+from retrieval_client import AsyncRetrievalClient, Retrieval
 from towers.errors import NotReadyError
 
 ROOM = 8
@@ -152,6 +156,56 @@ def test_a_stream_ends_with_the_drain_after_what_it_has_read(world: World, model
     asyncio.run(check())
 
 
+def test_a_replica_without_a_version_ends_the_stream(empty_world: World) -> None:
+    async def check() -> None:
+        async with running(empty_world, {}) as system:
+            call = system.stub.StreamRetrieve(timeout=PATIENCE_S)
+            await call.write(request_of(0))
+            status, message = await status_code(call.read())
+            assert status is grpc.StatusCode.UNAVAILABLE
+            assert "no checkpoint version is loaded yet" in message
+
+    asyncio.run(check())
+
+
+def test_a_client_loses_no_answer_when_the_service_restarts(world: World, models: dict[int, ToyModel]) -> None:
+    count = 300
+
+    async def ask(client: AsyncRetrievalClient, answered: list[Any]) -> None:
+        queries = (features_of(number) for number in range(count))
+        async for outcome in client.stream_retrieve(queries, 3):
+            answered.append(outcome)  # noqa: PERF401  Each is seen when it comes.
+
+    async def check() -> None:
+        async with running(world, models) as system:
+            addresses = [[shard.address] for shard in system.shards]
+            settings = {"store": world.store.url, "shards": [addresses], "redis_url": "", "drain_s": 0.0}
+            answered: list[Any] = []
+            async with AsyncExitStack() as stack:
+                first = await stack.enter_async_context(AsyncExitStack())
+                port = await first.enter_async_context(serving(QuerySettings(address="127.0.0.1:0", **settings)))
+                client = await stack.enter_async_context(AsyncRetrievalClient(f"127.0.0.1:{port}"))
+                await until(client.get_status, lambda status: status.live_version == 1)
+                for shard in system.shards:
+                    shard.delay_s = 0.05
+                asking = asyncio.create_task(ask(client, answered))
+                await until(_number_of(answered), lambda number: number > 0)
+                await first.aclose()
+                assert len(answered) < count
+                for shard in system.shards:
+                    shard.delay_s = 0.0
+                again = QuerySettings(address=f"127.0.0.1:{port}", **settings)
+                await stack.enter_async_context(serving(again))
+                await asking
+            for number, outcome in enumerate(answered):
+                assert isinstance(outcome, Retrieval), outcome
+                item_ids, _ = models[1].nearest(features_of(number), models[1].item_ids, 3)
+                assert [item.item_id for item in outcome.items] == item_ids
+            assert len(answered) == count
+
+    asyncio.run(check())
+
+
 def test_no_more_is_read_than_there_is_room_for() -> None:
     async def check() -> None:
         num_read = 0
@@ -229,6 +283,13 @@ def _calls_of(system: System) -> Any:
         return sum(shard.num_calls for shard in system.shards)
 
     return num_calls
+
+
+def _number_of(answered: list[Any]) -> Any:
+    async def number() -> int:
+        return len(answered)
+
+    return number
 
 
 async def _num_tasks() -> int:

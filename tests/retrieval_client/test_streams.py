@@ -184,7 +184,7 @@ def test_what_cannot_be_sent_is_said_after_the_answers_before_it(stream: Callabl
     seen: list[int] = []
     with ScriptedService(empty) as service:
         service.stream_script = script
-        with pytest.raises(TypeError, match="feature 'age'"):
+        with pytest.raises(TypeError, match="query 3: feature 'age'"):
             stream(service.address, [*users(3), {"age": object()}, *users(1)], None)
     assert seen == [0, 1, 2]
 
