@@ -19,8 +19,8 @@ from query_service.fan_out import Search, Shards
 from query_service.merge import Ranking, merge
 from query_service.parse import Limits, Question, RawFeatures, question_of
 from query_service.versions import Pin, Versions
-from towers.catalogue import shard_of
 from towers.errors import InvalidFeatureError, InvalidInputError, VersionNotLoadedError
+from towers.placement import shard_of
 
 DEFAULT_K = 10
 

@@ -27,7 +27,7 @@ from towers.errors import (
     InvalidInputError,
     NotFoundError,
 )
-from towers.features import stable_hash
+from towers.placement import shard_of
 from towers.store import Store
 
 ITEM_ID = "item_id"
@@ -392,11 +392,6 @@ class Catalogue:
         if items_edit != 0:
             raise _no_version(version)
         return None, 0
-
-
-def shard_of(item_id: str, num_shards: int) -> int:
-    """The shard that an item belongs to: xxh3_64 of its id, modulo the number of shards."""
-    return stable_hash(item_id) % num_shards
 
 
 def partition(items: pa.Table, shard: int, num_shards: int) -> pa.Table:

@@ -33,10 +33,11 @@ from benchmarks.index.update_load import LOOK
 from benchmarks.index.vectors import clustered
 from cli import child
 from towers import deployment
-from towers.catalogue import ITEM_ID, Catalogue, shard_of
+from towers.catalogue import ITEM_ID, Catalogue
 from towers.checkpoint import CheckpointStore
 from towers.deployment import DeploymentStore
 from towers.errors import DeadlineError
+from towers.placement import shard_of
 from towers.store import Store
 
 NUM_SHARDS = 2

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from cli.local_stack import LocalStack
 from cli.main import app
 from retrieval_client import AsyncRetrievalClient, InvalidRequestError, Retrieval, RetrievalClient, attribute
-from towers.catalogue import Catalogue, shard_of
+from towers.catalogue import Catalogue
 from towers.checkpoint import CheckpointStore
+from towers.placement import shard_of
 from towers.store import Store
 
 NUM_ITEMS = 120

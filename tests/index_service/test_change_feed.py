@@ -4,7 +4,8 @@ import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
 
 from index_service.feed import ChangeFeed
-from towers.catalogue import Catalogue, shard_of
+from towers.catalogue import Catalogue
+from towers.placement import shard_of
 from towers.store import Store
 
 

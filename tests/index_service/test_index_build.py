@@ -21,9 +21,10 @@ from index_service.build import build
 from index_service.order import BuildOrder, CorruptCheckpointError
 from index_service.plan import TuningGoal
 from index_service.shard import ShardIndex
-from towers.catalogue import Catalogue, shard_of
+from towers.catalogue import Catalogue
 from towers.checkpoint import CheckpointStore
 from towers.errors import InvalidInputError
+from towers.placement import shard_of
 from towers.schema import parse_schema
 
 

@@ -14,8 +14,8 @@ from index_service.artefact import VECTORS, ArtefactStore
 from index_service.load import IndexLoader
 from index_service.order import CorruptCheckpointError
 from index_service.plan import TuningGoal
-from towers.catalogue import shard_of
 from towers.errors import NotFoundError, TwoTowerError
+from towers.placement import shard_of
 
 DEFAULT = TuningGoal()
 QUERY = {"user_id": "1", "history": ["2", "3"]}

@@ -16,8 +16,9 @@ from shard_process import PATIENCE_S, ShardProcess, search_request, until
 from toy_checkpoint import toy_items, toy_model
 
 from index_service.service import MAX_HITS, MAX_K, SERVICE_NAME
-from towers.catalogue import Catalogue, shard_of
+from towers.catalogue import Catalogue
 from towers.health import is_serving
+from towers.placement import shard_of
 
 QUERIES = ({"user_id": "1", "history": ["2", "3"]}, {"user_id": "4"}, {})
 

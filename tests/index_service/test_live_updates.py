@@ -12,7 +12,8 @@ from retrieval.index.v1 import index_service_pb2_grpc as index_grpc
 from shard_process import PATIENCE_S, until
 from toy_checkpoint import toy_items, toy_model
 
-from towers.catalogue import Catalogue, shard_of
+from towers.catalogue import Catalogue
+from towers.placement import shard_of
 
 QUERIES = ({"user_id": "1", "history": ["2", "3"]}, {"user_id": "4"}, {})
 NUM_LOADED = 30

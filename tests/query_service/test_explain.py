@@ -10,7 +10,7 @@ from query_system import PATIENCE_S, System, World, query_of, running, status_co
 from retrieval.query.v1 import query_service_pb2 as query_pb2
 from toy_checkpoint import ToyModel
 
-from towers.catalogue import shard_of
+from towers.placement import shard_of
 
 QUERY: dict[str, Any] = {"user_id": "3", "history": ["21", "4"]}
 

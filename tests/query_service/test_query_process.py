@@ -154,8 +154,9 @@ def imports_neither_torch_nor_faiss(service: ServiceProcess) -> None:
     assert "faiss" not in mapped
 
 
-def test_importing_the_service_imports_neither_torch_nor_faiss() -> None:
-    code = "import sys, query_service.serve; print({'torch', 'faiss', 'onnxruntime'} & set(sys.modules))"
+def test_importing_the_service_imports_nothing_of_training_indexes_or_the_catalogue() -> None:
+    modules = {"torch", "faiss", "deltalake", "pyarrow", "onnxruntime"}
+    code = f"import sys, query_service.serve; print({modules} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "{'onnxruntime'}"
 

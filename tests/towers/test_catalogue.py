@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_checkpoint import toy_items
 
-from towers.catalogue import Catalogue, Delete, DeleteReport, Upsert, UpsertReport, partition, shard_of
+from towers.catalogue import Catalogue, Delete, DeleteReport, Upsert, UpsertReport, partition
 from towers.errors import (
     ConflictError,
     CorruptArtefactError,
@@ -23,6 +23,7 @@ from towers.errors import (
     NotFoundError,
     StoreUnavailableError,
 )
+from towers.placement import shard_of
 from towers.store import Store
 
 
