@@ -7,6 +7,7 @@ the search parameters of each kind of index.
 import math
 import re
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import faiss
@@ -15,13 +16,12 @@ from numpy.typing import NDArray
 
 from index_service.lists import Lists, is_numbered_by_list, number_by_list
 from index_service.plan import IndexPlan, SearchSetting
-from index_service.row_set import RowSet
 from towers.errors import InvalidInputError
 
 _REFINED = re.compile(r"(.+),(?:RFlat|Refine\(Flat\))")
 _BYTES_PER_FLOAT = 4
 _BYTES_PER_ID = 8
-_NUM_SAMPLED = 32
+_UNMEASURED_RECALL = 0.95
 NPROBE = "nprobe"
 EF_SEARCH = "efSearch"
 K_FACTOR = "k_factor_rf"
@@ -82,30 +82,27 @@ class AnnIndex:
         is_ordered = isinstance(self.base, faiss.IndexIVF) and is_numbered_by_list(self.base)
         return Lists(self.base, self.vectors) if is_ordered else None
 
-    @cached_property
+    @property
     def usually_missed(self) -> float:
-        """Better hits that `Lists.expected` expects elsewhere after a search of all rows, over the root of k.
+        """The share of the best rows that searches do not find, as it was measured at the build; the largest."""
+        return 1.0 - min((setting.recall for setting in self.plan.settings), default=_UNMEASURED_RECALL)
 
-        The median of some rows taken for queries, and the least of all settings.
-        """
-        if self.lists is None:
-            return 0.0
-        rows = np.random.default_rng(0).integers(self.num_items, size=_NUM_SAMPLED)
-        queries = self.vectors[rows]  # [S, D]
-        reach = self.lists.reach(RowSet.everything(self.num_items))
-        list_scores = self.lists.scores(queries, reach)  # [S, L]
-        medians = []
-        for k, knobs in self._knobs:
-            visited = np.argsort(-list_scores, axis=1)[:, : knobs.get(NPROBE)]  # [S, P]
-            thresholds = self.search(queries, k)[0][:, -1]  # [S]
-            expected = self.lists.expected(list_scores, reach, visited, thresholds)  # [S, L]
-            medians.append(float(np.median(expected.sum(axis=1))) / math.sqrt(k))
-        return min(medians, default=0.0)
-
-    def num_scanned(self, k: int) -> int:
+    def num_scanned(self, k: float) -> int:
         """How many rows a search for k looks at, on average; all where there are no lists to choose from."""
-        nprobe = self._effort(k).get(NPROBE)
-        return self.num_items if nprobe is None else -(-nprobe * self.num_items // self._limits[NPROBE])
+        measured = [(setting_k, knobs[NPROBE]) for setting_k, knobs in self._knobs if NPROBE in knobs]
+        if not measured:
+            return self.num_items
+        last_k, last_nprobe = measured[-1]
+        nprobe = measured[0][1] if k <= measured[0][0] else last_nprobe * k / last_k
+        for (below, fewer), (above, more) in pairwise(measured):
+            if below < k <= above:
+                # Between two settings it grows with a power of k.
+                nprobe = fewer * (more / fewer) ** (math.log(k / below) / math.log(above / below))
+        return min(self.num_items, math.ceil(nprobe * self.num_items / self._limits[NPROBE]))
+
+    def num_rescored(self, k: int) -> int:
+        """How many hits with quantised scores hold the k best, as was measured; k where they are scored well enough."""
+        return k * self._effort(k).get(K_FACTOR, 1)
 
     def search(
         self, embeddings: NDArray[np.float32], k: int, effort_k: int | None = None, selector: Any = None

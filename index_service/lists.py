@@ -14,17 +14,19 @@ from numpy.typing import NDArray
 
 from index_service.row_set import RowSet
 
-_SPARE = 2
-"""Lists are sorted for this many times the rows that are wanted, as lists hold uneven numbers of them."""
 _NUM_SAMPLED = 32
 """Rows taken for queries, to see how far the rows of a list score above and below its centroid."""
-_SAMPLED_SHARE = 1 / 3
-"""Of the lists, the nearest: in those that are farther no hit is looked for."""
-_LISTS_SAMPLED = 48
-_STEPS = 256
+_LISTS_SAMPLED = 64
+"""For each: half of them the nearest, half any of the others."""
+_FEWEST_SAMPLED = 300
+"""Rows of lists whose centroids score alike, to tell how rows score there."""
+_BANDS = 16
+"""Of a score of 1: centroids that score alike."""
+_CENTROID_STEPS = 128
+_SCORE_STEPS = 256
 """Of a score of 1, in the table of what is seen there."""
-_WIDEST = 2.0
-"""Between the scores of unit vectors."""
+_CHANCE = 4.5
+"""Standard deviations by which the rows of a set in one list may be off where the set has nothing to do with lists."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,10 @@ class Reach:
     """`[L]` 0 for a list with rows of the set, minus infinity for one without."""
     num_filled: int
     """Lists with rows of the set."""
-    num_rows: int
+    is_even: bool
+    """Whether every list has its share of the set, but for chance."""
+    selector: Any
+    """FAISS selector of the rows of the set."""
 
 
 class Lists:
@@ -62,27 +67,27 @@ class Lists:
         """Memory of what is kept here."""
         return int(self.starts.nbytes + self._centroids.nbytes)
 
-    def num_candidates(self, k: int) -> int:
-        """How many hits of `scan` hold the k best, whose scores may lie closer together than they are exact."""
-        return k + k // 4 + 20 if self.is_quantised else k
-
     def reach(self, allowed: RowSet) -> Reach:
         """Where the allowed rows are; made once for a set."""
         reach = self._reaches.get(allowed)
         if reach is None:
             counts = allowed.counts_between(self.starts)  # [L]
+            share = allowed.count / max(1, allowed.num_rows)
+            sizes = np.diff(self.starts)  # [L]
+            most_off = _CHANCE * np.sqrt(share * (1 - share) * sizes) + 1  # [L]
             reach = Reach(
                 counts=counts,
-                num_rows=allowed.count,
                 penalties=np.where(counts > 0, np.float32(0), np.float32(-np.inf)),
                 num_filled=int(np.count_nonzero(counts)),
+                is_even=bool((np.abs(counts - share * sizes) <= most_off).all()),
+                selector=faiss.IDSelectorBitmap(allowed.bitmap),
             )
             self._reaches[allowed] = reach
         return reach
 
-    def scores(self, embeddings: NDArray[np.float32], reach: Reach) -> NDArray[np.float32]:
-        """`[B, L]` scores of the centroids for queries `[B, D]`; minus infinity for a list without allowed rows."""
-        scores: NDArray[np.float32] = embeddings @ self._centroids.T + reach.penalties
+    def scores(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`[B, L]` scores of the centroids for queries `[B, D]`."""
+        scores: NDArray[np.float32] = embeddings @ self._centroids.T
         return scores
 
     def nearest(self, scores: NDArray[np.float32], reach: Reach, num_rows: int) -> NDArray[np.int64]:
@@ -96,17 +101,15 @@ class Lists:
         Returns:
             `[B, P]` lists, -1 where fewer are enough.
         """
-        num_lists = len(reach.counts)
-        num_best = min(reach.num_filled, 1 + _SPARE * reach.num_filled * num_rows // max(1, reach.num_rows))
-        query = np.arange(len(scores))[:, None]  # [B, 1]
-        best = np.argpartition(scores, num_lists - num_best, axis=1)[:, num_lists - num_best :]  # [B, P]
-        # `take` with one number a place is several times faster here than an index of two.
-        order = np.argsort(-scores.take(best + query * num_lists), axis=1) + query * num_best  # [B, P]
-        best = best.take(order)  # [B, P]
-        held = reach.counts[best]  # [B, P]
-        is_wanted = np.cumsum(held, axis=1) - held < num_rows  # [B, P]
-        best[~is_wanted] = -1
-        return best[:, : int(is_wanted.sum(axis=1).max())]
+        order = np.argsort(-(scores + reach.penalties), axis=1)[:, : reach.num_filled]  # [B, F]
+        held = reach.counts.take(order)  # [B, F]
+        num_before = np.cumsum(held, axis=1) - held  # [B, F]
+        num_wanted = np.count_nonzero(num_before < num_rows, axis=1)  # [B]
+        most_wanted = int(num_wanted.max())
+        best = order[:, :most_wanted]
+        if len(best) > 1:
+            best[np.arange(most_wanted) >= num_wanted[:, None]] = -1
+        return best
 
     def expected(
         self,
@@ -126,30 +129,48 @@ class Lists:
         Returns:
             `[B, L]`
         """
-        # Minus infinity, where fewer than k were found, has no difference from the score of an empty list.
-        above = np.clip(np.maximum(thresholds, -_WIDEST)[:, None] - scores, -_WIDEST, _WIDEST)  # [B, L]
-        expected: NDArray[np.float32] = self._shares_above[((above + _WIDEST) * _STEPS).astype(np.int32)]  # [B, L]
+        # Minus infinity, where fewer than k were found, is the lowest step, above which everything is.
+        steps = _steps(np.maximum(thresholds, -1), _SCORE_STEPS)  # [B]
+        places = steps[:, None] * (2 * _CENTROID_STEPS + 1) + _steps(scores, _CENTROID_STEPS)  # [B, L]
+        expected: NDArray[np.float32] = self._shares_above.take(places)  # [B, L]
         expected *= reach.counts
-        query, place = np.nonzero(visited >= 0)
-        expected[query, visited[query, place]] = 0
+        if len(visited) == 1:
+            expected[0, visited[0]] = 0
+        else:
+            query, place = np.nonzero(visited >= 0)
+            expected[query, visited[query, place]] = 0
         return expected
 
     @cached_property
     def _shares_above(self) -> NDArray[np.float32]:
-        """By how far a score is above a centroid's, from -2 in steps: the share of the list's rows that exceed it."""
+        """By a score and a centroid's score, both from -1 in steps: the share of the list's rows that score higher.
+
+        Rows near a query spread less around their centroid than rows far from it, so each band of centroids' scores
+        has its own distribution.
+        """
+        bands: list[list[NDArray[np.float32]]] = [[] for _ in range(2 * _BANDS + 1)]
         random = np.random.default_rng(0)
         queries = self._vectors[random.integers(len(self._vectors), size=_NUM_SAMPLED)]  # [S, D]
-        num_near = max(1, round(len(self._centroids) * _SAMPLED_SHARE))
-        differences = []
-        for query, scores in zip(queries, queries @ self._centroids.T, strict=True):
-            near = np.argsort(-scores)[1 : num_near + 1]
-            for number in random.choice(near, min(len(near), _LISTS_SAMPLED), replace=False):
+        for query, scores in zip(queries, self.scores(queries), strict=True):
+            order = np.argsort(-scores)[1:]
+            near, others = np.split(order, [_LISTS_SAMPLED // 2])
+            chosen = random.choice(others, min(len(others), _LISTS_SAMPLED // 2), replace=False)
+            for number in (*near, *chosen):
                 rows = self._vectors[self.starts[number] : self.starts[number + 1]]  # [R, D]
-                differences.append(rows @ query - scores[number])
-        sorted_differences = np.sort(np.concatenate([np.zeros(1), *differences]))
-        steps = np.arange(int(2 * _WIDEST * _STEPS) + 1) / _STEPS - _WIDEST
-        below = np.searchsorted(sorted_differences, steps) / len(sorted_differences)
-        return (1 - below).astype(np.float32)
+                bands[_steps(scores[number], _BANDS)].append(rows @ query - scores[number])
+        seen = [np.sort(np.concatenate([np.zeros(0, dtype=np.float32), *band])) for band in bands]
+        usable = [number for number, band in enumerate(seen) if len(band) >= _FEWEST_SAMPLED]
+        if not usable:
+            seen, usable = [np.sort(np.concatenate([np.zeros(1, dtype=np.float32), *seen]))], [0]
+        levels = np.arange(2 * _SCORE_STEPS + 1) / _SCORE_STEPS - 1
+        shares = np.empty((len(levels), 2 * _CENTROID_STEPS + 1), dtype=np.float32)
+        for column in range(shares.shape[1]):
+            score = column / _CENTROID_STEPS - 1
+            own = _steps(np.float32(score), _BANDS)
+            differences = seen[min(usable, key=lambda number: abs(number - own))]
+            shares[:, column] = 1 - np.searchsorted(differences, levels - score) / len(differences)
+        shares[0] = 1
+        return shares
 
     def scan(
         self,
@@ -214,6 +235,11 @@ def is_numbered_by_list(ivf: Any) -> bool:
     return all(
         (_ids(ivf, number) == np.arange(starts[number], starts[number + 1])).all() for number in range(ivf.nlist)
     )
+
+
+def _steps(scores: Any, steps_of_1: int) -> Any:
+    """Number of the step that each score is in, from -1 on; rounding may have taken scores a little beyond 1."""
+    return ((np.clip(scores, -1, 1) + 1) * steps_of_1).astype(np.int64)
 
 
 def _sizes(ivf: Any) -> NDArray[np.int64]:

@@ -19,18 +19,16 @@ from index_service.ann import AnnIndex
 from index_service.lists import Lists
 from index_service.row_set import RowSet
 
-_GROWTH = 0.4
-"""The allowed rows to look at grow with this power of the allowed share: from 100,000 to a million items, and from half
-of them to a thirtieth, recall was kept so, and by `_ROWS_PER_HIT` at the least."""
-_ROWS_PER_HIT = 10
-_MARGIN = 1.15
-_MISSED = 0.8
-"""So many times the root of k and of the allowed share are the hits that may be expected elsewhere; more by the factor
-that is usual in this index without a filter, where that is above 1. The expectation is several times too high: with
-this limit recall was above 0.95 for k from 10 to 500, behind filters of all kinds and without the nearest 30 to 30,000
-rows."""
-_TOLERATED = 1.5
-"""So many times more may be missed before a second look is worth its time."""
+_UNEVEN = 1.6
+"""So many times more is looked at where the filter has to do with the embedding: the rows nearest to the query may lie
+at the edge of what is allowed."""
+_LEAST_MISSED = 0.01
+_TOLERATED = 2.0
+"""So many times what searches usually miss may be expected elsewhere before a second look is worth its time. With 5 a
+search without the nearest 15,000 of 20,000 rows found 0.8 of what was left."""
+_LEFT = 0.3
+"""Of what is usually missed may be expected elsewhere after it."""
+_MORE_RESCORED = 20
 _CHOICE_IN_ROWS = 3_000
 """Choosing lists for a query takes about as long as scoring this many rows: 60 µs against 20 ns."""
 _MOST = 0.06
@@ -99,36 +97,56 @@ def _without_forbidden(
 def _among_allowed(
     ann: AnnIndex, embeddings: NDArray[np.float32], k: int, allowed: RowSet
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    # The k best of a share of the rows lie as far away as the k / share best of all.
     share = allowed.count / ann.num_items
-    num_wanted = max(_ROWS_PER_HIT * k, _MARGIN * ann.num_scanned(k) * share**_GROWTH)
+    num_wanted = max(k, math.ceil(share * ann.num_scanned(k / share)))
     if ann.lists is None or allowed.count <= num_wanted + _CHOICE_IN_ROWS:
         return _exact(ann, embeddings, k, allowed)
-    return _through_lists(ann, ann.lists, embeddings, k, allowed, round(num_wanted))
+    return _through_lists(ann, ann.lists, embeddings, k, allowed, num_wanted)
 
 
 def _through_lists(
     ann: AnnIndex, lists: Lists, embeddings: NDArray[np.float32], k: int, allowed: RowSet, num_wanted: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     reach = lists.reach(allowed)
-    list_scores = lists.scores(embeddings, reach)  # [B, L]
+    if not reach.is_even:
+        num_wanted = round(_UNEVEN * num_wanted)
+    list_scores = lists.scores(embeddings)  # [B, L]
     nearest = lists.nearest(list_scores, reach, num_wanted)  # [B, P]
-    if lists.can_scan and allowed.count >= _MOST * ann.num_items:
-        selector = faiss.IDSelectorBitmap(allowed.bitmap)
-        scores, rows = lists.scan(embeddings, lists.num_candidates(k), nearest, list_scores, selector)
-        if lists.is_quantised:
+    is_scanned = lists.can_scan and allowed.count >= _MOST * ann.num_items
+    if is_scanned:
+        num_rescored = ann.num_rescored(k) if lists.is_quantised else k
+        if lists.is_quantised and not reach.is_even:
+            # What is left at the edge of a region may lie closer together than codes tell apart.
+            num_rescored = max(num_rescored, k + k // 4 + _MORE_RESCORED)
+        scores, rows = lists.scan(embeddings, num_rescored, nearest, list_scores, reach.selector)
+        if num_rescored > k:
             scores, rows = ann.rescored(embeddings, k, rows)
     else:
         scores, rows = _exact_in_lists(ann, lists, embeddings, k, allowed, nearest)
+    if reach.is_even:
+        return scores, rows
     expected = lists.expected(list_scores, reach, nearest, scores[:, -1])  # [B, L]
-    most_missed = _MISSED * max(1.0, ann.usually_missed) * math.sqrt(k * allowed.count / ann.num_items)
-    for i in np.flatnonzero(expected.sum(axis=1) > _TOLERATED * most_missed):
+    usual = k * max(_LEAST_MISSED, ann.usually_missed)
+    for i in np.flatnonzero(expected.sum(axis=1) > _TOLERATED * usual):
         query = slice(i, i + 1)
         order = np.argsort(expected[i])
-        further = order[np.cumsum(expected[i][order]) > most_missed]  # [F]
-        chosen = np.concatenate((nearest[query], further[None]), axis=1)  # [1, P + F]
+        further = order[np.cumsum(expected[i][order]) > _LEFT * usual]  # [F]
         # Where this is needed scores lie so close together that a quantised index would confuse them.
-        scores[query], rows[query] = _exact_in_lists(ann, lists, embeddings[query], k, allowed, chosen)
+        found = _exact_in_lists(ann, lists, embeddings[query], k, allowed, further[None])
+        known = ann.rescored(embeddings[query], k, rows[query]) if is_scanned else (scores[query], rows[query])
+        scores[query], rows[query] = _best_of(known, found)
     return scores, rows
+
+
+def _best_of(
+    first: tuple[NDArray[np.float32], NDArray[np.int64]], second: tuple[NDArray[np.float32], NDArray[np.int64]]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The `[1, K]` best of two results of K hits of one query, which may have hits in common."""
+    rows, places = np.unique(np.concatenate((first[1], second[1]), axis=1), return_index=True)  # [U], at most 2 K
+    scores = np.concatenate((first[0], second[0]), axis=1).take(places)  # [U]
+    best = np.argsort(-scores)[None, : first[0].shape[1]]
+    return scores.take(best), rows.take(best)
 
 
 def _exact_in_lists(

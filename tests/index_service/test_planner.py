@@ -149,7 +149,7 @@ def test_where_too_few_were_found_all_that_is_left_is_expected_elsewhere(ann, ve
     reach = ann.lists.reach(RowSet(mask))
     nothing_found = np.full(2, -np.inf, dtype=np.float32)
     visited = np.array([[0, -1], [3, 1]])
-    expected = ann.lists.expected(ann.lists.scores(vectors[1][:2], reach), reach, visited, nothing_found)
+    expected = ann.lists.expected(ann.lists.scores(vectors[1][:2]), reach, visited, nothing_found)
     left = np.tile(reach.counts, (2, 1))
     left[[0, 1, 1], [0, 3, 1]] = 0
     np.testing.assert_allclose(expected, left, rtol=1e-3)
