@@ -49,7 +49,6 @@ _EMBEDDING_SHARE = 0.6
 _INDEX_SHARE = 0.95
 _SIMILAR_SIZE = 1.5
 """Up to this ratio between the numbers of items an earlier choice of index holds."""
-_NICENESS = 19
 _PR_SET_PDEATHSIG = 1
 _SCORED_ITEMS = 1000
 
@@ -320,7 +319,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("order", help="the build order, JSON")
     parsed = parser.parse_args(arguments)
     _die_with(parsed.parent)
-    os.nice(_NICENESS)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     order = BuildOrder.model_validate_json(parsed.order)
     with _message_stream() as messages, _progress(order, messages) as report:

@@ -47,6 +47,8 @@ from towers.tower import Tower
 CLAIM_RENEWED_EVERY_S = 2.0
 CLAIM_STALE_AFTER_S = 10.0
 CLAIM_POLL_S = 0.5
+_NICENESS = 19
+"""Of builds: searches go first, from the first import of a build on."""
 _LARGEST_TYPE = "HNSW32"
 """Of the indexes that a build may try where none is pinned."""
 _NUM_WARM_UPS = 16
@@ -363,6 +365,7 @@ async def _run_builder(order: BuildOrder, report: Callable[[float], None]) -> st
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
     _log.info(
         "process %d builds checkpoint %d at catalogue %s",
         process.pid,

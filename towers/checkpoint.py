@@ -145,10 +145,10 @@ class CheckpointStore:
         if schema.fingerprint != manifest.schema_fingerprint:
             raise CorruptArtefactError(f"checkpoint {version}: {SCHEMA} is not the schema that the manifest names")
         vocabularies: dict[str, list[str]] = {}
-        for name in schema.vocabulary_names():
+        for name in schema.vocabulary_names(owner):
             path = _vocabulary(name)
             tokens = _parsed(version, path, self._verified(manifest, path))
-            if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            if not isinstance(tokens, list) or set(map(type, tokens)) - {str}:
                 raise CorruptArtefactError(f"checkpoint {version}: {path} is not a list of strings")
             vocabularies[name] = tokens
         golden = _parsed(version, GOLDEN, self._verified(manifest, GOLDEN))

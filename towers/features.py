@@ -69,7 +69,7 @@ class FeatureEncoder:
         self.features = schema.of(owner)
         self._by_name = {feature.name: feature for feature in schema.features}
         self._token_ids: dict[str, dict[str, int]] = {}
-        for name in schema.vocabulary_names():
+        for name in schema.vocabulary_names(owner):
             if name not in vocabularies:
                 raise InvalidFeatureError(f"feature {name!r}: its vocabulary is missing")
             self._token_ids[name] = {token: i + _FIRST_VOCABULARY_ID for i, token in enumerate(vocabularies[name])}

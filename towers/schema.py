@@ -181,12 +181,15 @@ class FeatureSchema(BaseModel):
         """Features of one tower, in order."""
         return tuple(feature for feature in self.features if feature.owner == owner)
 
-    def vocabulary_names(self) -> tuple[str, ...]:
-        """Names of the features that need a vocabulary file."""
+    def vocabulary_names(self, owner: Owner) -> tuple[str, ...]:
+        """Names of the features whose vocabulary files a tower needs: its own, and those that its sequences share."""
+        shared = {feature.items for feature in self.of(owner) if isinstance(feature, SequenceFeature)}
         return tuple(
             feature.name
             for feature in self.features
-            if isinstance(feature, CategoricalFeature | CategoricalListFeature) and feature.hash_buckets is None
+            if isinstance(feature, CategoricalFeature | CategoricalListFeature)
+            and feature.hash_buckets is None
+            and (feature.owner == owner or feature.name in shared)
         )
 
     def to_json(self) -> bytes:

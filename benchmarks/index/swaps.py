@@ -67,12 +67,13 @@ class Sizes:
     num_swaps: int
     num_items: int
     rate_per_s: float
+    """Calls. At 300, which is about all that two cores can answer by exact search, calls mostly wait for each other."""
     quiet_s: float
     """Between two swaps."""
     min_answers: int
 
 
-FULL = Sizes(num_swaps=200, num_items=200_000, rate_per_s=300.0, quiet_s=3.0, min_answers=MIN_ANSWERS)
+FULL = Sizes(num_swaps=200, num_items=200_000, rate_per_s=120.0, quiet_s=4.0, min_answers=MIN_ANSWERS)
 QUICK = Sizes(num_swaps=10, num_items=5_000, rate_per_s=100.0, quiet_s=1.0, min_answers=0)
 
 

@@ -100,7 +100,7 @@ def test_failures_say_whose_fault_they_are(world):
             load(world, catalogue_version)
 
 
-def test_a_cancelled_load_leaves_no_process_and_nothing_visible(world):
+def test_a_build_stands_back_and_ends_when_its_load_is_cancelled(world):
 
     catalogue_version = world.load_items()
     world.publish()
@@ -111,8 +111,10 @@ def test_a_cancelled_load_leaves_no_process_and_nothing_visible(world):
         is_building = asyncio.Event()
         task = asyncio.create_task(loader.load(1, catalogue_version, None, lambda _: is_building.set()))
         await is_building.wait()
-        while not set(children_of(os.getpid())) - before:
+        while not (builders := set(children_of(os.getpid())) - before):
             await asyncio.sleep(0.001)
+        # From its first moment: its imports too would keep searches waiting.
+        assert [os.getpriority(os.PRIO_PROCESS, builder) for builder in builders] == [19]
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
