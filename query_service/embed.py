@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from query_service.cache import EmbeddingCache
 from query_service.digest import digests_of
 from query_service.offload import Offload
-from query_service.parse import RawFeatures, encode
+from query_service.parse import InvalidQueriesError, RawFeatures, encode
 from query_service.versions import Pin
 from towers.errors import InvalidFeatureError
 from towers.features import Arrays
@@ -39,7 +39,7 @@ class Embedder:
         """Embeds B queries: one cache round trip for all, one tower pass for those not found.
 
         Raises:
-            InvalidFeatureError: a feature that the schema does not allow, or values so large that the embedding is
+            InvalidQueriesError: a feature that the schema does not allow, or values so large that the embedding is
                 not finite.
         """
         num_queries = len(queries)
@@ -60,12 +60,16 @@ class Embedder:
         return Embedded(embeddings, [embedding is not None for embedding in found])
 
     async def _tower_pass(self, arrays: Arrays, rows: Sequence[int], pin: Pin) -> NDArray[np.float32]:
-        chosen = {name: array if len(rows) == len(array) else array[rows] for name, array in arrays.items()}
+        num_queries = len(next(iter(arrays.values())))
+        is_all = len(rows) == num_queries
+        chosen = arrays if is_all else {name: array[rows] for name, array in arrays.items()}
         embeddings = await self._offload.run(len(rows), pin.tower.embed, chosen)
         is_finite = np.isfinite(embeddings).all(axis=1)
         if not is_finite.all():
-            raise InvalidFeatureError(
-                f"query {rows[int(is_finite.argmin())]}: version {pin.version} gives it no finite embedding; "
-                "its vector features are too large, or too much is missing"
+            error = InvalidFeatureError(
+                f"version {pin.version} gives it no finite embedding; its vector features are too large, or "
+                "too much is missing"
             )
+            failures = {row: error for row, is_right in zip(rows, is_finite.tolist(), strict=True) if not is_right}
+            raise InvalidQueriesError(failures, num_queries)
         return embeddings

@@ -3,8 +3,8 @@
 Deliberately does not know which version answers, nor what the arrays are for.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from retrieval.feature.v1 import feature_pb2, filter_pb2
 from retrieval.query.v1 import query_service_pb2
@@ -39,6 +39,25 @@ class Question:
     attribute_names: Sequence[str]
     filter: filter_pb2.Filter | None
     """Which items may be returned; None: all. The shards know what it means."""
+    is_canary: bool = False
+    """Whether the standby version is to answer, where it can."""
+    num_requests: int = 1
+    """That ask this together."""
+
+
+class InvalidQueriesError(InvalidFeatureError):
+    """Some queries of several cannot be embedded; the others can."""
+
+    def __init__(self, failures: Mapping[int, InvalidFeatureError], num_queries: int) -> None:
+        """Says what is wrong with the first.
+
+        Args:
+            failures: By position of the query.
+            num_queries: Of all.
+        """
+        first = min(failures)
+        super().__init__(failures[first].reason if num_queries == 1 else f"query {first}: {failures[first].reason}")
+        self.failures = failures
 
 
 def question_of(
@@ -71,6 +90,26 @@ def question_of(
     )
 
 
+def kind_of(question: Question) -> Hashable:
+    """What a question asks besides its queries: those of equal kinds can be answered together."""
+    return (
+        question.is_canary,
+        question.k,
+        question.num_shards_needed,
+        tuple(question.attribute_names),
+        tuple(question.excluded_item_ids),
+        question.filter and question.filter.SerializeToString(deterministic=True),
+    )
+
+
+def joined(questions: Sequence[Question]) -> Question:
+    """One question that asks all queries of questions of equal kinds."""
+    if len(questions) == 1:
+        return questions[0]
+    queries = [query for question in questions for query in question.queries]
+    return replace(questions[0], queries=queries, num_requests=len(questions))
+
+
 def features_of(queries: Sequence[query_service_pb2.Query], limits: Limits) -> list[RawFeatures]:
     """Raw features of B queries.
 
@@ -96,7 +135,7 @@ def encode(queries: Sequence[RawFeatures], pin: Pin) -> Arrays:
         Arrays of B rows.
 
     Raises:
-        InvalidFeatureError: an unknown feature, a value of the wrong type or one that is not finite; the message names
+        InvalidQueriesError: an unknown feature, a value of the wrong type or one that is not finite; the message names
             the feature and, of several queries, the query.
     """
     if pin.tolerated_features:
@@ -107,13 +146,15 @@ def encode(queries: Sequence[RawFeatures], pin: Pin) -> Arrays:
     try:
         return encoder.encode_rows(queries)
     except InvalidFeatureError:
+        failures = {}
         for position, query in enumerate(queries):
             try:
                 encoder.encode_rows([query])
             except InvalidFeatureError as error:
-                where = f"query {position}: " if len(queries) > 1 else ""
-                raise InvalidFeatureError(where + error.reason) from error
-        raise
+                failures[position] = InvalidFeatureError(error.reason)
+        if not failures:
+            raise
+        raise InvalidQueriesError(failures, len(queries)) from None
 
 
 def _raw_value(value: feature_pb2.FeatureValue) -> RawValue:

@@ -1,6 +1,6 @@
 """One request from end to end: parse, pin the version, embed (through the cache), fan out, merge, reply.
 
-Deliberately knows nothing of how any of these is done.
+From the pin on, requests that ask alike go the way together. Deliberately knows nothing of how any of these is done.
 """
 
 import logging
@@ -17,12 +17,13 @@ from query_service.deadline import Deadline
 from query_service.embed import Embedded, Embedder
 from query_service.fan_out import Outcome, Search, Shards
 from query_service.merge import Ranking, merge
+from query_service.micro_batch import MicroBatches
 from query_service.offload import Offload
-from query_service.parse import Limits, Question, features_of, question_of
+from query_service.parse import InvalidQueriesError, Limits, Question, features_of, joined, kind_of, question_of
 from query_service.shadow import ItemIds, Shadow
 from query_service.traffic import Tally, Traffic
 from query_service.versions import Pin, Versions
-from towers.errors import InvalidInputError, NotReadyError, TwoTowerError, VersionNotLoadedError
+from towers.errors import InvalidFeatureError, InvalidInputError, NotReadyError, TwoTowerError, VersionNotLoadedError
 
 _CANARY_TIME_SHARE = 0.5
 """Of the time that is left: the rest is for the live version, should the standby version fail."""
@@ -46,8 +47,11 @@ class Answer:
         return time.perf_counter() - self.started_s
 
 
+Responses = Sequence[query_service_pb2.RetrieveResponse]
+
+
 class Retriever:
-    """Answers queries. A single query is a batch of one."""
+    """Answers queries. A single query is a batch of one, or goes with others."""
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class Retriever:
         traffic: Traffic,
         shadow: Shadow,
         limits: Limits,
+        max_micro_batch: int,
     ) -> None:
         self._versions = versions
         self._embedder = embedder
@@ -66,13 +71,18 @@ class Retriever:
         self._traffic = traffic
         self._shadow = shadow
         self._limits = limits
+        self.micro_batches: MicroBatches[Question, Responses] = MicroBatches(self._respond_to_each, max_micro_batch)
+
+    async def close(self) -> None:
+        """Drops what is under way."""
+        await self.micro_batches.close()
 
     async def retrieve(
         self,
         request: query_service_pb2.RetrieveRequest | query_service_pb2.BatchRetrieveRequest,
         queries: Sequence[query_service_pb2.Query],
         deadline: Deadline,
-    ) -> list[query_service_pb2.RetrieveResponse]:
+    ) -> Responses:
         """Finds the best items of each query, all at one checkpoint version.
 
         Args:
@@ -91,13 +101,11 @@ class Retriever:
         """
         deadline.require_time()
         question = question_of(request, queries, self._limits)
-        tally = self._traffic.under(self._versions.deployment.revision)
-        answer = await self._answer(question, tally, deadline)
-        rankings = await self._rankings(question, answer)
-        responses = await self._offload.run(len(queries), _responses, question, answer, rankings)
-        tally.count(answer.pin.place, answer.seconds, is_error=False)
-        self._let_standby_follow(question, answer, rankings)
-        return responses
+        if self._versions.standby and is_canary(question.queries, self._versions.canary_share):
+            question = replace(question, is_canary=True)
+        if len(queries) > 1:
+            return await self._respond(question, deadline)
+        return await self.micro_batches.ask(kind_of(question), question, deadline)
 
     async def embed(
         self, queries: Sequence[query_service_pb2.Query], deadline: Deadline
@@ -118,10 +126,31 @@ class Retriever:
             checkpoint_version=pin.version,
         )
 
+    async def _respond_to_each(
+        self, questions: Sequence[Question], deadline: Deadline
+    ) -> list[Responses | InvalidFeatureError]:
+        """Answers requests for one query each that ask alike; a query that cannot be embedded fails alone."""
+        try:
+            responses = await self._respond(joined(questions), deadline)
+        except InvalidQueriesError as error:
+            others = [question for position, question in enumerate(questions) if position not in error.failures]
+            answered = iter(await self._respond_to_each(others, deadline) if others else ())
+            return [error.failures.get(position) or next(answered) for position in range(len(questions))]
+        return [[response] for response in responses]
+
+    async def _respond(self, question: Question, deadline: Deadline) -> Responses:
+        tally = self._traffic.under(self._versions.deployment.revision)
+        answer = await self._answer(question, tally, deadline)
+        rankings = await self._rankings(question, answer)
+        responses = await self._offload.run(len(question.queries), _responses, question, answer, rankings)
+        tally.count(answer.pin.place, answer.seconds, is_error=False, num_requests=question.num_requests)
+        self._let_standby_follow(question, answer, rankings)
+        return responses
+
     async def _answer(self, question: Question, tally: Tally, deadline: Deadline) -> Answer:
         """By the live version or, for the canary's share, by the standby version as a whole, where it can."""
         standby = self._versions.standby
-        if standby is None or not is_canary(question.queries, self._versions.canary_share):
+        if standby is None or not (question.is_canary and self._versions.canary_share):
             return await self._live_answer(question, tally, deadline)
         started_s = time.perf_counter()
         try:
@@ -133,7 +162,7 @@ class Retriever:
             if not tally.num_errors(standby):
                 is_bug = not isinstance(error, TwoTowerError)
                 _log.warning("version %d fails as a canary: %s", standby.version, error, exc_info=is_bug)
-            tally.count(standby, seconds, is_error=True)
+            tally.count(standby, seconds, is_error=True, num_requests=question.num_requests)
             return answer
 
     async def _live_answer(self, question: Question, tally: Tally, deadline: Deadline) -> Answer:
@@ -151,7 +180,8 @@ class Retriever:
         except InvalidInputError:
             raise
         except Exception:
-            tally.count(pin.place, time.perf_counter() - started_s, is_error=True)
+            seconds = time.perf_counter() - started_s
+            tally.count(pin.place, seconds, is_error=True, num_requests=question.num_requests)
             raise
         return answer
 
@@ -186,18 +216,25 @@ class Retriever:
         return await self._offload.run(num_queries, merge, answer.outcome.hits, num_queries, question.k, num_attributes)
 
     def _let_standby_follow(self, question: Question, answer: Answer, rankings: Sequence[Ranking]) -> None:
-        """Has the standby version answer too, if this belongs to the sample, once the live answer has left."""
+        """Has the standby version answer too what belongs to the sample, once the live answer has left."""
         standby = self._versions.standby_pin
         if standby is None or standby.place == answer.pin.place or answer.outcome.failures:
             return
-        if self._shadow.wants(len(question.queries)):
-            self._shadow.compare(
-                live=answer.pin.place,
-                standby=standby.place,
-                item_ids=[ranking.item_ids for ranking in rankings],
-                live_s=answer.seconds,
-                ask=partial(self._shadow_item_ids, replace(question, attribute_names=()), standby),
-            )
+        num_queries = len(question.queries) // question.num_requests
+        for first in range(0, len(question.queries), num_queries):
+            if self._shadow.wants(num_queries):
+                request = slice(first, first + num_queries)
+                self._shadow.compare(
+                    live=answer.pin.place,
+                    standby=standby.place,
+                    item_ids=[ranking.item_ids for ranking in rankings[request]],
+                    live_s=answer.seconds,
+                    ask=partial(
+                        self._shadow_item_ids,
+                        replace(question, queries=question.queries[request], num_requests=1, attribute_names=()),
+                        standby,
+                    ),
+                )
 
     async def _shadow_item_ids(self, question: Question, standby: Pin, deadline: Deadline) -> ItemIds:
         answer = await self._ask(question, standby, deadline)

@@ -59,7 +59,7 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
     traffic = Traffic()
     shadow = Shadow(settings.shadow_share, settings.default_timeout_s)
     embedder = Embedder(cache, offload)
-    retriever = Retriever(versions, embedder, shards, offload, traffic, shadow, limits)
+    retriever = Retriever(versions, embedder, shards, offload, traffic, shadow, limits, settings.max_micro_batch)
     explainer = Explainer(versions, embedder, shards, limits)
     server = RpcServer(
         settings.address,
@@ -98,6 +98,7 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        await retriever.close()
         await shadow.close()
         await shards.close()
         await cache.close()

@@ -14,6 +14,7 @@ from query_service.cache import EmbeddingCache
 from query_service.deadline import Deadline
 from query_service.explain import Explainer
 from query_service.fan_out import Shards
+from query_service.micro_batch import BatchCounts
 from query_service.retrieve import Retriever
 from query_service.shadow import Comparison, Shadow
 from query_service.stream import answer_stream
@@ -183,11 +184,22 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
                 )
                 for place, count in sorted(self._traffic.under(revision).counts.items())
             ],
+            micro_batches=_micro_batch_message(self._retriever.micro_batches.counts),
         )
 
     def _deadline(self, context: _Context) -> Deadline:
         remaining_s = context.time_remaining()
         return Deadline.after(self._default_timeout_s if remaining_s is None else remaining_s)
+
+
+def _micro_batch_message(counts: BatchCounts) -> query_service_pb2.MicroBatchStatus:
+    return query_service_pb2.MicroBatchStatus(
+        num_batches=counts.num_batches,
+        num_requests=counts.num_requests,
+        largest=counts.largest,
+        wait_p50_s=counts.waits.quantile_s(0.5),
+        wait_p99_s=counts.waits.quantile_s(0.99),
+    )
 
 
 def _shadow_message(comparison: Comparison) -> query_service_pb2.ShadowStatus:

@@ -37,6 +37,8 @@ class QuerySettings(BaseSettings):
     """Most queries in one `BatchRetrieve` or `Embed`."""
     max_stream_queries: int = Field(default=64, ge=1)
     """Most queries of one `StreamRetrieve` that are under way, or whose answers wait to be taken."""
+    max_micro_batch: int = Field(default=64, ge=1)
+    """Most single requests that are answered together when many arrive at once; 1: each is answered by itself."""
     shadow_share: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
     """Share of the requests that a standby version answers too, beside the live one, to be compared; 0: none."""
     poll_interval_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)

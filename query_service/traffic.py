@@ -23,10 +23,10 @@ class Latencies:
     def __init__(self) -> None:
         self._counts = [0] * _NUM_BUCKETS
 
-    def add(self, seconds: float) -> None:
-        """Counts one."""
+    def add(self, seconds: float, times: int = 1) -> None:
+        """Counts one, or as many as took equally long."""
         bucket = int(math.log(max(seconds, _SHORTEST_S) / _SHORTEST_S) * _BUCKETS_PER_E_FOLD)
-        self._counts[min(bucket, _NUM_BUCKETS - 1)] += 1
+        self._counts[min(bucket, _NUM_BUCKETS - 1)] += times
 
     def quantile_s(self, share: float) -> float:
         """The seconds that this share did not exceed; 0 before the first."""
@@ -59,12 +59,12 @@ class Tally:
         """Errors counted there."""
         return self.counts[place].num_errors if place in self.counts else 0
 
-    def count(self, place: Place, seconds: float, *, is_error: bool) -> None:
-        """Counts a request."""
+    def count(self, place: Place, seconds: float, *, is_error: bool, num_requests: int = 1) -> None:
+        """Counts a request, or several that were answered together."""
         count = self.counts.setdefault(place, Count())
-        count.num_requests += 1
-        count.num_errors += is_error
-        count.latencies.add(seconds)
+        count.num_requests += num_requests
+        count.num_errors += is_error * num_requests
+        count.latencies.add(seconds, num_requests)
 
 
 class Traffic:

@@ -95,6 +95,7 @@ TARGETS: Mapping[str, Sequence[Target]] = {
     "32 in flight, queries/s": (
         Target("of encode + search in process, one by one", "Retrieve", "in process, one by one", 0.45, False),
         Target("of the one-hop echo", "Retrieve", "one-hop echo", 0.8, False),
+        Target("of micro-batches off", "Retrieve", "Retrieve, micro-batches off", 4.0, False),
     ),
     "64 queries a call, queries/s": (
         Target("of encode + search in process, 64 at a time", "BatchRetrieve", "in process, 64 at a time", 0.85, False),
@@ -120,6 +121,7 @@ def measure(length: Length, folder: Path, console: Console) -> dict[str, Any]:
         ann = _index_in_process(world)
         tower = Tower(CheckpointStore(world.store).load(1, "query"))
         service = stack.enter_context(QueryProcess(world))
+        unbatched = stack.enter_context(QueryProcess(world, max_micro_batch=1))
         sizes = _Messages.of(world, service.address)
         one_hop = stack.enter_context(EchoServer(sizes.query))
         two_hop = stack.enter_context(EchoServer(sizes.query, one_hop.address, sizes.search))
@@ -145,12 +147,14 @@ def measure(length: Length, folder: Path, console: Console) -> dict[str, Any]:
                 Side("two-hop echo", p50_ms(calls(two_hop.address, ECHO, singles, 1))),
                 Side("one-hop echo", p50_ms(calls(one_hop.address, ECHO, singles, 1))),
                 Side("Retrieve", p50_ms(calls(service.address, RETRIEVE, singles, 1))),
+                Side("Retrieve, micro-batches off", p50_ms(calls(unbatched.address, RETRIEVE, singles, 1))),
             ],
             "32 in flight, queries/s": [
                 Side("in process, one by one", in_process(1)),
                 Side("one-hop echo", rate(calls(one_hop.address, ECHO, singles, _IN_FLIGHT))),
                 Side("two-hop echo", rate(calls(two_hop.address, ECHO, singles, _IN_FLIGHT))),
                 Side("Retrieve", rate(calls(service.address, RETRIEVE, singles, _IN_FLIGHT))),
+                Side("Retrieve, micro-batches off", rate(calls(unbatched.address, RETRIEVE, singles, _IN_FLIGHT))),
             ],
             "64 queries a call, queries/s": [
                 Side("in process, 64 at a time", in_process(BATCH_SIZE)),
@@ -162,6 +166,7 @@ def measure(length: Length, folder: Path, console: Console) -> dict[str, Any]:
         }
         for load in (
             calls(service.address, RETRIEVE, singles, _IN_FLIGHT),
+            calls(unbatched.address, RETRIEVE, singles, _IN_FLIGHT),
             calls(service.address, BATCH_RETRIEVE, batches, _BATCHES_IN_FLIGHT),
         ):
             generators.run(replace(load, seconds=_WARM_UP_S))

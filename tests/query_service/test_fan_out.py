@@ -125,7 +125,7 @@ def test_a_deadline_that_has_passed_harms_no_later_call(world: World, models: di
 
 def test_a_caller_who_goes_away_takes_the_searches_along(world: World, models: dict[int, ToyModel]) -> None:
     async def check() -> None:
-        async with running(world, models) as system:
+        async with running(world, models, max_micro_batch=1) as system:
             for shard in system.shards:
                 shard.delay_s = LONG_S
             request = query_service_pb2.RetrieveRequest(query=query_of(QUERY), k=5)

@@ -223,7 +223,7 @@ def test_a_deadline_that_has_passed_starts_no_work(world: World, models: dict[in
             versions, shards, offload = Versions(world.store, 0.02, [1]), Shards([((shard.address,),)]), Offload()
             embedder = Embedder(EmbeddingCache("", ttl_s=1, timeout_s=1), offload)
             shadow = Shadow(0.0, PATIENCE_S)
-            retriever = Retriever(versions, embedder, shards, offload, Traffic(), shadow, Limits(10, 10, 1))
+            retriever = Retriever(versions, embedder, shards, offload, Traffic(), shadow, Limits(10, 10, 1), 1)
             following = asyncio.create_task(versions.follow())
             await versions.ready.wait()
             request = query_service_pb2.RetrieveRequest(query=query_of(QUERIES[0]), k=5)

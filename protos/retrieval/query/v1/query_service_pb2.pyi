@@ -671,6 +671,7 @@ class GetStatusResponse(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     SHADOW_FIELD_NUMBER: _builtins.int
     TRAFFIC_FIELD_NUMBER: _builtins.int
+    MICRO_BATCHES_FIELD_NUMBER: _builtins.int
     deployment_revision: _builtins.int
     """Revision of the deployment record it follows; 0 before the first."""
     live_version: _builtins.int
@@ -701,6 +702,10 @@ class GetStatusResponse(_message.Message):
     def traffic(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionTraffic]:
         """Requests by the version that answered them, since the deployment record last changed."""
 
+    @_builtins.property
+    def micro_batches(self) -> Global___MicroBatchStatus:
+        """Single requests that were answered together."""
+
     def __init__(
         self,
         *,
@@ -713,14 +718,53 @@ class GetStatusResponse(_message.Message):
         features: _abc.Iterable[Global___QueryFeature] | None = ...,
         shadow: Global___ShadowStatus | None = ...,
         traffic: _abc.Iterable[Global___VersionTraffic] | None = ...,
+        micro_batches: Global___MicroBatchStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "shadow", b"shadow"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "micro_batches", b"micro_batches", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "deployment_revision", b"deployment_revision", "features", b"features", "live_version", b"live_version", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "deployment_revision", b"deployment_revision", "features", b"features", "live_version", b"live_version", "micro_batches", b"micro_batches", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class MicroBatchStatus(_message.Message):
+    """Single requests that ask alike are answered together while others are under way; since the process started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BATCHES_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    LARGEST_FIELD_NUMBER: _builtins.int
+    WAIT_P50_S_FIELD_NUMBER: _builtins.int
+    WAIT_P99_S_FIELD_NUMBER: _builtins.int
+    num_batches: _builtins.int
+    """Batches, those of one request included."""
+    num_requests: _builtins.int
+    """Their requests."""
+    largest: _builtins.int
+    """Requests of the largest one."""
+    wait_p50_s: _builtins.float
+    """Median seconds that a request waited for others."""
+    wait_p99_s: _builtins.float
+    """99th percentile."""
+    def __init__(
+        self,
+        *,
+        num_batches: _builtins.int = ...,
+        num_requests: _builtins.int = ...,
+        largest: _builtins.int = ...,
+        wait_p50_s: _builtins.float = ...,
+        wait_p99_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["largest", b"largest", "num_batches", b"num_batches", "num_requests", b"num_requests", "wait_p50_s", b"wait_p50_s", "wait_p99_s", b"wait_p99_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MicroBatchStatus: _TypeAlias = MicroBatchStatus  # noqa: Y015
 
 @_typing.final
 class ShadowStatus(_message.Message):
