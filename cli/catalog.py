@@ -191,7 +191,7 @@ def read_items(path: Path, id_column: str = "item_id", separator: str = ",") -> 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from towers.catalogue import ITEM_ID
+    from towers.catalogue_columns import ITEM_ID
     from towers.errors import InvalidInputError
 
     try:

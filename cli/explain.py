@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import options
-from cli.filters import parse_filter
+from cli.filters import filter_of
 from cli.options import DEFAULT_ADDRESS
-from cli.retrieve import query_of, split_feature
+from cli.retrieve import connected, query_of, split_feature
 
 if TYPE_CHECKING:
     from retrieval_client import Explanation
@@ -48,20 +48,18 @@ def explain(
 ) -> None:
     """Say why an item is, or is not, in an answer, for example: twotower explain 50 user_id=42 history=181 -k 10."""
     from cli.screen import say
-    from retrieval_client import RetrievalClient, UnavailableError, all_of
-    from towers.errors import NotReadyError
 
     texts = dict(split_feature(text) for text in features)
-    conditions = [parse_filter(text) for text in filter_ or []]
-    try:
-        with RetrievalClient(address, timeout_s=timeout_s) as client:
-            query = query_of(texts, client, address)
-            condition = all_of(*conditions) if conditions else None
-            found = client.explain(
-                query, item_id, k, excluded_item_ids=exclude or [], filter=condition, checkpoint_version=version
-            )
-    except UnavailableError as error:
-        raise NotReadyError(f"the query service at {address} is unavailable: {error.message}") from error
+    condition = filter_of(filter_ or [])
+    with connected(address, timeout_s) as client:
+        found = client.explain(
+            query_of(texts, client, address),
+            item_id,
+            k,
+            excluded_item_ids=exclude or [],
+            filter=condition,
+            checkpoint_version=version,
+        )
     if as_json:
         say(json.dumps({"item_id": item_id, **asdict(found)}))
     else:

@@ -4,6 +4,7 @@ Deliberately does not know which attributes there are, nor what they hold: the s
 """
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,17 @@ _ENTRY = re.compile(r'\s*(?:"(?P<quoted>[^"]*)"|(?P<plain>[^",]+?))\s*(?:,|$)')
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?")
 _BOUNDS = {">=": "at_least", ">": "greater_than", "<=": "at_most", "<": "less_than"}
+
+
+def filter_of(texts: Sequence[str]) -> "Filter | None":
+    """The filter that all of these conditions make; None without any.
+
+    Raises:
+        InvalidInputError: a condition cannot be read.
+    """
+    from retrieval_client import all_of
+
+    return all_of(*map(parse_filter, texts)) if texts else None
 
 
 def parse_filter(text: str) -> "Filter":

@@ -6,13 +6,14 @@ Deliberately does not know schemas: the service says which features it reads, an
 import csv
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import options
-from cli.filters import parse_filter
+from cli.filters import filter_of
 from cli.options import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
@@ -53,22 +54,33 @@ def retrieve(
 ) -> None:
     """Ask for the best items, for example: twotower retrieve user_id=42 history=50,181 -k 10."""
     from cli.screen import say
-    from retrieval_client import RetrievalClient, UnavailableError, all_of
-    from towers.errors import NotReadyError
 
     texts = dict(split_feature(text) for text in features)
-    conditions = [parse_filter(text) for text in filter_ or []]
-    try:
-        with RetrievalClient(address, timeout_s=timeout_s) as client:
-            query = query_of(texts, client, address)
-            condition = all_of(*conditions) if conditions else None
-            answer, milliseconds = _ask(client, query, k, attribute, exclude or [], min_shards, condition)
-    except UnavailableError as error:
-        raise NotReadyError(f"the query service at {address} is unavailable: {error.message}") from error
+    condition = filter_of(filter_ or [])
+    with connected(address, timeout_s) as client:
+        query = query_of(texts, client, address)
+        answer, milliseconds = _ask(client, query, k, attribute, exclude or [], min_shards, condition)
     if as_json:
         say(json.dumps(_as_json(answer, milliseconds)))
     else:
         _print(answer, milliseconds)
+
+
+@contextmanager
+def connected(address: str, timeout_s: float) -> "Iterator[RetrievalClient]":
+    """A client of the query service.
+
+    Raises:
+        NotReadyError: the service cannot be reached.
+    """
+    from retrieval_client import RetrievalClient, UnavailableError
+    from towers.errors import NotReadyError
+
+    try:
+        with RetrievalClient(address, timeout_s=timeout_s) as client:
+            yield client
+    except UnavailableError as error:
+        raise NotReadyError(f"the query service at {address} is unavailable: {error.message}") from error
 
 
 def query_of(texts: Mapping[str, str], client: "RetrievalClient", address: str) -> "dict[str, FeatureValue]":

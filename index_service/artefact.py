@@ -42,7 +42,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from index_service.ann import AnnIndex, exact_index_of_size, stored_part, vectors_of
 from index_service.claim import BuildClaim
 from index_service.plan import EXACT, IndexPlan, TuningGoal
-from towers.catalogue import ITEM_ID
+from towers.catalogue_columns import ITEM_ID
 from towers.checkpoint import Manifest
 from towers.errors import CorruptArtefactError, NotFoundError, TwoTowerError
 from towers.store import Store

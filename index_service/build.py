@@ -38,7 +38,8 @@ from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
 from index_service.plan import EXACT, IndexPlan, TuningGoal
 from index_service.recall import QuerySample, query_sample
 from index_service.tune import retuned, tuned
-from towers.catalogue import ITEM_ID, Catalogue, partition
+from towers.catalogue import Catalogue, partition
+from towers.catalogue_columns import ITEM_ID
 from towers.checkpoint import CheckpointStore, Manifest
 from towers.errors import ConflictError, CorruptArtefactError, InvalidInputError, TwoTowerError
 from towers.store import Store

@@ -19,7 +19,7 @@ from index_service.filters import Condition
 from index_service.item_ids import ItemIds, hashes_of
 from index_service.plan import EXACT, IndexPlan
 from index_service.row_set import RowSet
-from towers.catalogue import ITEM_ID
+from towers.catalogue_columns import ITEM_ID
 
 _EXACT_PLAN = IndexPlan(index_type=EXACT, settings=())
 _LEAST_IN_LISTS = 10_000

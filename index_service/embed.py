@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from towers.catalogue import ITEM_ID
+from towers.catalogue_columns import ITEM_ID
 from towers.errors import InvalidFeatureError
 from towers.features import Arrays, RawValue
 from towers.tower import Tower

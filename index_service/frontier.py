@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from index_service.ann import AnnIndex, exact_index
 from index_service.build import embed_shard
+from index_service.effort import sweep
 from index_service.plan import SearchSetting, TuningGoal
 from index_service.recall import Truth, query_sample
-from index_service.tune import Candidate, sweep, tuned
+from index_service.tune import Candidate, tuned
 from towers.checkpoint import CheckpointStore
 from towers.deployment import DeploymentStore
 from towers.errors import NotFoundError

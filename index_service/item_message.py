@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from retrieval.index.v1 import index_service_pb2
 
-from towers.catalogue import ITEM_ID
+from towers.catalogue_columns import ITEM_ID
 from towers.errors import InvalidInputError
 
 _KINDS = {

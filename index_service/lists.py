@@ -41,8 +41,6 @@ class Reach:
     """Lists with rows of the set."""
     is_even: bool
     """Whether every list has its share of the set, but for chance."""
-    selector: Any
-    """FAISS selector of the rows of the set."""
 
 
 class Lists:
@@ -80,7 +78,6 @@ class Lists:
                 penalties=np.where(counts > 0, np.float32(0), np.float32(-np.inf)),
                 num_filled=int(np.count_nonzero(counts)),
                 is_even=bool((np.abs(counts - share * sizes) <= most_off).all()),
-                selector=faiss.IDSelectorBitmap(allowed.bitmap),
             )
             self._reaches[allowed] = reach
         return reach
@@ -107,7 +104,7 @@ class Lists:
         num_wanted = np.count_nonzero(num_before < num_rows, axis=1)  # [B]
         most_wanted = int(num_wanted.max())
         best = order[:, :most_wanted]
-        if len(best) > 1:
+        if len(best) > 1:  # For one query all of them are wanted.
             best[np.arange(most_wanted) >= num_wanted[:, None]] = -1
         return best
 
@@ -134,11 +131,8 @@ class Lists:
         places = steps[:, None] * (2 * _CENTROID_STEPS + 1) + _steps(scores, _CENTROID_STEPS)  # [B, L]
         expected: NDArray[np.float32] = self._shares_above.take(places)  # [B, L]
         expected *= reach.counts
-        if len(visited) == 1:
-            expected[0, visited[0]] = 0
-        else:
-            query, place = np.nonzero(visited >= 0)
-            expected[query, visited[query, place]] = 0
+        query, place = np.nonzero(visited >= 0)
+        expected[query, visited[query, place]] = 0
         return expected
 
     @cached_property

@@ -24,7 +24,7 @@ from index_service.item_ids import WantedIds
 from index_service.planner import search_allowed
 from index_service.row_set import RowSet
 from index_service.shard import Hits, ShardIndex
-from towers.catalogue import ITEM_ID
+from towers.catalogue_columns import ITEM_ID
 from towers.errors import InvalidInputError
 from towers.tower import Tower
 

@@ -5,8 +5,8 @@ Deliberately does not know why rows are allowed or not.
 A search through an IVF index takes the lists nearest to the query, whatever they hold. Behind a filter most of that
 may be forbidden, and a filter that correlates with the embedding, or excludes what is nearest to the query, can leave
 nothing. So lists count here by the allowed rows in them, and the nearest are taken until enough of them are looked at.
-The k-th hit found then says how many better ones the other lists are likely to hold, and those that hold them are
-looked at as well.
+Where every list has its share of the allowed rows, but for chance, that is all. Where not, the k-th hit found says how
+many better ones the other lists are likely to hold, and those that hold them are looked at as well.
 """
 
 import math
@@ -119,7 +119,8 @@ def _through_lists(
         if lists.is_quantised and not reach.is_even:
             # What is left at the edge of a region may lie closer together than codes tell apart.
             num_rescored = max(num_rescored, k + k // 4 + _MORE_RESCORED)
-        scores, rows = lists.scan(embeddings, num_rescored, nearest, list_scores, reach.selector)
+        selector = faiss.IDSelectorBitmap(allowed.bitmap)
+        scores, rows = lists.scan(embeddings, num_rescored, nearest, list_scores, selector)
         if num_rescored > k:
             scores, rows = ann.rescored(embeddings, k, rows)
     else:

@@ -16,7 +16,7 @@ from index_service.filters import Condition
 from index_service.item_ids import ItemIds
 from index_service.planner import search_allowed
 from index_service.row_set import RowSet
-from towers.catalogue import ITEM_ID
+from towers.catalogue_columns import ITEM_ID
 from towers.errors import InvalidInputError
 
 _LARGEST_SQUARED_NORM = 1.01

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction
 
+from towers.catalogue_columns import ITEM_ID, check_names, checked_ids, conformed_columns, stored_type
 from towers.delta_log import COMMIT, COMPACTED_EDIT, DeltaLog, translated
 from towers.errors import (
     ConflictError,
@@ -30,16 +31,11 @@ from towers.errors import (
 from towers.placement import shard_of
 from towers.store import Store
 
-ITEM_ID = "item_id"
-MAX_ITEM_ID_BYTES = 1024
-
 _FOLDER = "catalog"
 _OP = "_op"
 _ROW = "_row"
 _UPSERT = "upsert"
 _DELETE = "delete"
-_FORBIDDEN_IN_NAMES = re.compile(r"[ ,;{}()\n\t=]")
-"""What Delta Lake does not allow in the name of a column."""
 
 _FEED = {"delta.enableChangeDataFeed": "true", "delta.enableExpiredLogCleanup": "false"}
 """The log is what names and orders states, so it is kept whole."""
@@ -226,7 +222,7 @@ class Catalogue:
         for schema in (self._items.schema(), self._changes.schema()):
             for field in schema if schema is not None else ():
                 if field.name not in (ITEM_ID, _OP, _ROW):
-                    types.setdefault(field.name, _stored_type(field.type) or field.type)
+                    types.setdefault(field.name, stored_type(field.type) or field.type)
         return types
 
     def version(self) -> str | None:
@@ -438,47 +434,6 @@ def _nothing_loaded() -> NotFoundError:
     return NotFoundError("the catalogue is empty; load items first: twotower catalog load ITEMS.parquet")
 
 
-def _checked_ids(items: pa.Table) -> pa.Array:
-    """The ids as strings `[N]`."""
-    if items.num_rows == 0:
-        raise InvalidInputError("the items have no rows; give at least one")
-    if items.column_names.count(ITEM_ID) != 1:
-        raise InvalidInputError(
-            f"the items need exactly one column {ITEM_ID!r}; the columns are {sorted(items.column_names)}"
-        )
-    try:
-        items.validate(full=True)
-    except pa.ArrowException as error:
-        raise InvalidInputError(f"the items are not a valid table: {error}") from error
-    column = items[ITEM_ID].combine_chunks()
-    type_ = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_integer(type_) or _is_string(type_)):
-        raise InvalidInputError(f"column {ITEM_ID!r}: expected strings or integers, got {type_}")
-    ids = column.cast(type_).cast(pa.string())
-    for reason, is_wrong in (
-        ("is null", ids.is_null()),
-        ("is empty", pc.equal(ids, "")),
-        ("contains a NUL character", pc.match_substring(ids, "\0")),
-        (f"is longer than {MAX_ITEM_ID_BYTES} bytes", pc.greater(pc.binary_length(ids), MAX_ITEM_ID_BYTES)),
-    ):
-        row = pc.index(is_wrong, True).as_py()
-        if row >= 0:
-            raise InvalidInputError(f"column {ITEM_ID!r}, row {row}: the id {reason}")
-    return ids
-
-
-def _check_names(names: Sequence[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if not name or name.startswith("_"):
-            raise InvalidInputError(f"column {name!r}: names that start with '_' are reserved; rename it")
-        if _FORBIDDEN_IN_NAMES.search(name):
-            raise InvalidInputError(f"column {name!r}: a name has no space and none of ,;{{}}()=; rename it")
-        if name.lower() in seen or name.lower() == ITEM_ID:
-            raise InvalidInputError(f"column {name!r}: another column has this name (case aside); rename one")
-        seen.add(name.lower())
-
-
 def _last_rows(ids: pa.Array) -> pa.Array:
     """Position of the last row of each id, rising."""
     if pc.count_distinct(ids).as_py() == len(ids):
@@ -508,8 +463,8 @@ class _Part:
 def _part_of(edit: Edit) -> _Part | InvalidInputError:
     items = edit.items if isinstance(edit, Upsert) else pa.table({ITEM_ID: pa.array(edit.item_ids, pa.string())})
     try:
-        ids = _checked_ids(items)
-        _check_names([name for name in items.column_names if name != ITEM_ID])
+        ids = checked_ids(items)
+        check_names([name for name in items.column_names if name != ITEM_ID])
     except InvalidInputError as error:
         return error
     last_rows = _last_rows(ids)
@@ -533,7 +488,7 @@ def _conformed_parts(
             conformed.append(_nothing_loaded())
         else:
             try:
-                columns = _conformed(part.table.drop_columns([_OP, ITEM_ID]), types)
+                columns = conformed_columns(part.table.drop_columns([_OP, ITEM_ID]), types)
             except InvalidInputError as error:
                 conformed.append(error)
                 continue
@@ -542,91 +497,6 @@ def _conformed_parts(
             table = pa.table({name: part.table[name] for name in (_OP, ITEM_ID)} | columns)
             conformed.append(replace(part, table=table))
     return conformed
-
-
-def _conformed(attributes: pa.Table, existing: dict[str, pa.DataType]) -> dict[str, pa.Array]:
-    """Columns in the types of the catalogue; new columns in those that Delta Lake has."""
-    spelled = {name.lower(): name for name in existing}
-    columns: dict[str, pa.Array] = {}
-    for name, column in zip(attributes.column_names, attributes.columns, strict=True):
-        if spelled.get(name.lower(), name) != name:
-            raise InvalidInputError(
-                f"column {name!r}: the catalogue spells it {spelled[name.lower()]!r}; use the same name"
-            )
-        target = existing.get(name)
-        type_ = _stored_type(column.type)
-        if target is None:
-            if type_ is None:
-                raise InvalidInputError(
-                    f"column {name!r}: type {column.type} cannot be stored; convert it to a string or a number"
-                )
-            if _is_untyped(type_):
-                continue  # Only nulls: says nothing, not even its type.
-            target = type_
-        elif type_ is None or not _is_castable(type_, target):
-            raise _type_conflict(name, column.type, target)
-        try:
-            columns[name] = column.cast(options=pc.CastOptions(target, allow_time_truncate=True)).combine_chunks()
-        except pa.ArrowException as error:
-            raise _type_conflict(name, column.type, target) from error
-    return columns
-
-
-def _type_conflict(name: str, given: pa.DataType, existing: pa.DataType) -> InvalidInputError:
-    return InvalidInputError(
-        f"column {name!r}: its type is {given}, in the catalogue it is {existing}; convert the column"
-    )
-
-
-def _is_castable(given: pa.DataType, target: pa.DataType) -> bool:
-    """Whether values may be cast: the same type, nulls, or numbers (the cast itself checks that nothing is lost)."""
-    if given == target or pa.types.is_null(given):
-        return True
-    if pa.types.is_list(given) and pa.types.is_list(target):
-        return _is_castable(given.value_type, target.value_type)
-    is_number = pa.types.is_integer(given) or pa.types.is_floating(given)
-    return bool(is_number and target in (pa.int64(), pa.float64()))
-
-
-def _is_string(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
-
-
-def _is_list(type_: pa.DataType) -> bool:
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
-    return any(is_kind(type_) for is_kind in kinds) or bool(pa.types.is_large_list_view(type_))
-
-
-def _is_untyped(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_null(type_) or (pa.types.is_list(type_) and _is_untyped(type_.value_type)))
-
-
-def _stored_type(type_: pa.DataType) -> pa.DataType | None:
-    """The type that stands for a column's in the catalogue; None for one that is not stored.
-
-    Integers are int64, so that a file with narrower ones is no conflict; decimals are numbers like others; a timestamp
-    without a time zone is UTC.
-    """
-    if pa.types.is_dictionary(type_):
-        return _stored_type(type_.value_type)
-    if _is_list(type_):
-        value_type = _stored_type(type_.value_type)
-        return None if value_type is None else pa.list_(value_type)
-    if _is_string(type_):
-        return pa.string()
-    if pa.types.is_integer(type_):
-        return pa.int64()
-    if pa.types.is_float16(type_) or pa.types.is_float32(type_):
-        return pa.float32()
-    if pa.types.is_float64(type_) or pa.types.is_decimal(type_):
-        return pa.float64()
-    if pa.types.is_timestamp(type_):
-        return pa.timestamp("us", "UTC")
-    if pa.types.is_date(type_):
-        return pa.date32()
-    if pa.types.is_boolean(type_) or pa.types.is_null(type_):
-        return type_
-    return None
 
 
 def _as_layer(base: pa.Table) -> pa.Table:
@@ -650,7 +520,7 @@ def _united(parts: Sequence[pa.Table]) -> pa.Table:
     for part in parts:
         columns = {}
         for name, column in zip(part.column_names, part.columns, strict=True):
-            type_ = types.setdefault(name, _stored_type(column.type) or column.type)
+            type_ = types.setdefault(name, stored_type(column.type) or column.type)
             try:
                 columns[name] = column.cast(type_)
             except pa.ArrowException as error:

@@ -196,13 +196,13 @@ def shown(figures: list[dict[str, Any]], index_type: str) -> Table:
 def main() -> None:
     """Runs from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    sizes = {True: NUM_ITEMS_QUICK, False: NUM_ITEMS}
     parser.add_argument("--quick", action="store_true", help=f"{NUM_ITEMS_QUICK[0]:,} items only")
+    parser.add_argument("--items", type=int, nargs="+", default=NUM_ITEMS, help="numbers of items", metavar="COUNT")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     figures: list[dict[str, Any]] = []
     index_types: list[str] = []
-    for num_items in sizes[options.quick]:
+    for num_items in NUM_ITEMS_QUICK if options.quick else options.items:
         items, queries = clustered(num_items, DIM, _NUM_QUERIES)
         index = indexed(items)
         index_types.append(index.manifest.index_type)

@@ -26,9 +26,11 @@ from rich.table import Table
 
 from benchmarks.index.vectors import clustered
 from index_service.ann import exact_index, parsed_parameters
+from index_service.effort import sweep
 from index_service.plan import TuningGoal
 from index_service.recall import QuerySample, Truth
-from index_service.tune import searched_at, sweep, tuned
+from index_service.timing import searched_at
+from index_service.tune import tuned
 
 K = 100
 TARGET_RECALL = 0.95

@@ -22,9 +22,12 @@ from rich.table import Table
 
 from benchmarks.index.vectors import clustered
 from index_service.ann import AnnIndex, Knobs, exact_index, parsed_parameters
+from index_service.effort import sweep
+from index_service.kinds import built
 from index_service.plan import TuningGoal
 from index_service.recall import QuerySample, Truth
-from index_service.tune import built, latencies, sweep, sweepable_types, tuned
+from index_service.timing import latencies
+from index_service.tune import sweepable_types, tuned
 
 SIZES = (10_000, 100_000, 1_000_000)
 DIMS = (32, 64, 128)

@@ -33,7 +33,8 @@ from benchmarks.index.update_load import LOOK
 from benchmarks.index.vectors import clustered
 from cli import child
 from towers import deployment
-from towers.catalogue import ITEM_ID, Catalogue
+from towers.catalogue import Catalogue
+from towers.catalogue_columns import ITEM_ID
 from towers.checkpoint import CheckpointStore
 from towers.deployment import DeploymentStore
 from towers.errors import DeadlineError

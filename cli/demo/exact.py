@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from towers.catalogue import ITEM_ID
+from towers.catalogue_columns import ITEM_ID
 from towers.checkpoint import CheckpointStore
 from towers.features import RawValue
 from towers.tower import Tower

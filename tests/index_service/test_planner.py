@@ -153,6 +153,8 @@ def test_where_too_few_were_found_all_that_is_left_is_expected_elsewhere(ann, ve
     left = np.tile(reach.counts, (2, 1))
     left[[0, 1, 1], [0, 3, 1]] = 0
     np.testing.assert_allclose(expected, left, rtol=1e-3)
+    alone = ann.lists.expected(ann.lists.scores(vectors[1][:1]), reach, visited[:1], nothing_found[:1])
+    np.testing.assert_array_equal(alone, expected[:1])
 
 
 def test_lists_whose_rows_have_other_numbers_are_not_used(vectors):

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from small_indexes import unit_vectors
 
 from benchmarks.index.vectors import clustered
-from index_service import tune
+from index_service import effort
 from index_service.ann import exact_index, parsed_parameters
+from index_service.effort import sweep
+from index_service.kinds import built
 from index_service.plan import TuningGoal
 from index_service.recall import QuerySample, Truth, query_sample
-from index_service.tune import Tuned, built, retuned, sweep, tuned
+from index_service.tune import Tuned, retuned, tuned
 from towers.errors import InvalidInputError
 
 ITEMS, QUERIES = clustered(6000, 16, 1500)
@@ -148,7 +150,7 @@ def test_searches_for_few_items_are_refined_where_the_codes_do_not_tell_them_apa
         knobs = parsed_parameters(setting.parameters)
         truth = Truth(exact, queries, setting.k)
         plain_rows = found.search_at({"nprobe": 4}, queries.embeddings, truth.asked(setting.k))[1]
-        is_enough = tune.reaches(truth, plain_rows, setting.k, 0.95)
+        is_enough = effort.reaches(truth, plain_rows, setting.k, 0.95)
         assert ("k_factor_rf" in knobs) == (not is_enough)
         rows = found.search(queries.embeddings, truth.asked(setting.k), setting.k)[1]
         assert truth.recall(rows, setting.k)[0] >= 0.95
@@ -257,7 +259,7 @@ def test_a_sweep_rises_from_the_least_effort_to_what_the_index_can():
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 400), st.integers(1, 400))
 def test_the_smallest_value_is_found_from_any_start(least, size, start, right):
     limit = least + size
-    found = tune._smallest(lambda value: value >= right, least, start, limit)
+    found = effort._smallest(lambda value: value >= right, least, start, limit)
     if right > limit:
         assert found is None
     else:
