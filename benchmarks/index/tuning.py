@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.index.vectors import clustered
 from index_service.ann import AnnIndex, Knobs, exact_index, parsed_parameters
 from index_service.effort import sweep
-from index_service.kinds import built
+from index_service.kinds import TrainedLists, built, trained_quantizer
 from index_service.plan import TuningGoal
 from index_service.recall import QuerySample, Truth
 from index_service.timing import latencies
@@ -78,9 +78,10 @@ def _finalists(
     """The fastest searches of all that reach the target, one of each type, for each k."""
     truth = Truth(exact, QuerySample(queries, None), max(ks))
     found: dict[int, list[tuple[float, Search]]] = {k: [] for k in ks}
+    trained: dict[int, TrainedLists] = {}
     for index_type in sweepable_types(exact.ntotal, exact.d):
         start_s = time.perf_counter()
-        ann = built(index_type, exact)
+        ann = _built(index_type, exact, trained)
         lines: list[str] = []
         for k in ks:
             settings = [setting for setting in sweep(ann, truth, k, TARGET_RECALL) if setting.recall >= TARGET_RECALL]
@@ -93,6 +94,16 @@ def _finalists(
             found[k] = sorted(found[k], key=lambda pair: pair[0])[:_NUM_FINALISTS]
         console.print(f"  {index_type}: {'; '.join(lines)} ({time.perf_counter() - start_s:.0f} s)")
     return {k: [search for _, search in pairs] for k, pairs in found.items()}
+
+
+def _built(index_type: str, exact: Any, trained: dict[int, TrainedLists]) -> AnnIndex:
+    """An index; lists are trained once for all kinds with as many."""
+    if not index_type.startswith("IVF"):
+        return built(index_type, exact)
+    num_lists = int(index_type.removeprefix("IVF").partition(",")[0])
+    if num_lists not in trained:
+        trained[num_lists] = TrainedLists(exact, trained_quantizer(exact, num_lists))
+    return trained[num_lists].built(index_type)
 
 
 def _compared(
