@@ -24,12 +24,20 @@ _OTHER_MEMORY_FLOATS = 2**20
 """4 MB: more than a core has to itself."""
 
 
-def latencies(searches: Sequence[tuple[AnnIndex, Knobs]], queries: NDArray[np.float32], k: int) -> list[float]:
+def latencies(
+    searches: Sequence[tuple[AnnIndex, Knobs]], queries: NDArray[np.float32], k: int, most: int = _MOST_TIMED
+) -> list[float]:
     """Median seconds of one search for one query with one thread, of each.
 
     They take turns, so that noise hits all, and each time in another order, as a search is faster after one like it.
     Before each, other memory is used, as it is between the searches of a server: what is near in a cache by luck says
     little about the next request.
+
+    Args:
+        searches: Indexes, and how they are searched.
+        queries: `[Q, D]`
+        k: At least 1.
+        most: Searches of each that are timed.
     """
     other_memory = np.zeros(_OTHER_MEMORY_FLOATS, dtype=np.float32)
     timed = [searched_at(ann, knobs, k) for ann, knobs in searches]
@@ -38,7 +46,7 @@ def latencies(searches: Sequence[tuple[AnnIndex, Knobs]], queries: NDArray[np.fl
         times: list[list[float]] = [[] for _ in searches]
         random = np.random.default_rng(0)
         spent_s = 0.0
-        for number, query in enumerate(itertools.islice(itertools.cycle(singles), _MOST_TIMED)):
+        for number, query in enumerate(itertools.islice(itertools.cycle(singles), most)):
             for place in random.permutation(len(timed)).tolist():
                 other_memory += 1.0
                 start_s = time.perf_counter()

@@ -5,6 +5,7 @@ Deliberately does not know items, checkpoints or where indexes are stored.
 The kinds differ in little that can be told without measuring, so each is built from the items and searched with the
 queries. What makes that bearable for a million items:
 
+- Few items are searched exactly whatever is measured, so only the time of that is.
 - The number of lists of many items is predicted, not tried: from the lists that hold the exact results one knows which
   share of them any number of probes reaches, and how many vectors those probes scan.
 - The lists are trained once, and each item's list is found once; every kind with lists shares both.
@@ -41,6 +42,8 @@ _FEW = 30_000
 _LISTS_PER_ROOT_OF_FEW = (0.5, *_LISTS_PER_ROOT)
 _FEWEST_WITH_LISTS = 200
 """Fewer items are scanned sooner than lists are chosen, and do not suffice to train codes with."""
+_NUM_TIMED_ALONE = 50
+"""Searches of an index that is compared with no other: their time decides nothing but whether a bound is kept."""
 _MODEL_VECTORS = 100_000
 _SCANNED_VECTORS = 20_000
 _FEWEST_IN_GRAPH = 16_000
@@ -97,20 +100,21 @@ def tuned(
     """
     if exact.ntotal == 0:
         return Tuned(AnnIndex(IndexPlan(index_type=EXACT, settings=()), None, exact), ())
+    if goal.index_type is None and exact.ntotal < max(goal.exact_below, _FEWEST_WITH_LISTS):
+        return _exactly_searched(exact, queries, goal, report, on_built)
     truth = Truth(exact, queries, max(*MEASURED_KS, goal.target_k))
     report(0.1)
     if goal.index_type is not None:
         return _pinned(exact, truth, goal, on_built)
     contest = _Contest(exact, truth, goal, on_built)
     contest.enter(AnnIndex(IndexPlan(index_type=EXACT, settings=()), None, exact))
-    if exact.ntotal >= max(goal.exact_below, _FEWEST_WITH_LISTS):
-        lists = _measured_lists(exact, truth, goal) if exact.ntotal <= _FEW else None
-        lists = lists or _predicted_lists(exact, truth, goal)
-        report(0.5)
-        for progress, index_type in enumerate(encoded_types(lists.num_lists, exact.d)):
-            contest.enter_unless_hopeless(index_type, lists)
-            report(0.5 + 0.05 * progress)
-        contest.enter_graph_unless_hopeless()
+    lists = _measured_lists(exact, truth, goal) if exact.ntotal <= _FEW else None
+    lists = lists or _predicted_lists(exact, truth, goal)
+    report(0.5)
+    for progress, index_type in enumerate(encoded_types(lists.num_lists, exact.d)):
+        contest.enter_unless_hopeless(index_type, lists)
+        report(0.5 + 0.05 * progress)
+    contest.enter_graph_unless_hopeless()
     report(0.8)
     return contest.result()
 
@@ -307,6 +311,30 @@ def _with_settings(ann: AnnIndex, truth: Truth, goal: TuningGoal, target: Search
         settings.append(measured_setting(ann, truth, k, knobs))
     plan = IndexPlan(index_type=ann.plan.index_type, settings=tuple(settings))
     return AnnIndex(plan, ann.base, ann.exact)
+
+
+def _exactly_searched(
+    exact: Any,
+    queries: QuerySample,
+    goal: TuningGoal,
+    report: Callable[[float], None],
+    on_built: Callable[[AnnIndex], None],
+) -> Tuned:
+    """The exact index: its recall is known, and what its searches cost at every k is timed."""
+    ann = AnnIndex(IndexPlan(index_type=EXACT, settings=()), None, exact)
+    on_built(ann)
+    settings = []
+    ks = sorted({*MEASURED_KS, goal.target_k})
+    for number, k in enumerate(ks, start=1):
+        (latency_s,) = latencies([(ann, {})], queries.embeddings, k, _NUM_TIMED_ALONE)
+        settings.append(SearchSetting(k=k, parameters="", recall=1.0, latency_s=latency_s))
+        report(number / len(ks))
+    target = next(setting for setting in settings if setting.k == goal.target_k)
+    refusal = _refusal(ann, target, goal)
+    candidate = Candidate(EXACT, refusal or "chosen", target, ann.size_bytes)
+    if refusal:
+        raise InvalidInputError(_why_none([candidate], goal, exact.ntotal))
+    return Tuned(AnnIndex(IndexPlan(index_type=EXACT, settings=tuple(settings)), None, exact), (candidate,))
 
 
 def _pinned(exact: Any, truth: Truth, goal: TuningGoal, on_built: Callable[[AnnIndex], None]) -> Tuned:

@@ -120,10 +120,19 @@ def test_the_cheapest_candidate_is_chosen_and_each_of_the_others_has_a_reason(ch
 
 
 def test_fewer_items_than_exact_below_are_searched_exactly():
-    found = tuned(exact_index(ITEMS[:900]), query_sample(ITEMS[:900], SEEN), TuningGoal(exact_below=1000))
+    progress: list[float] = []
+    goal = TuningGoal(exact_below=1000, target_k=50)
+    found = tuned(exact_index(ITEMS[:900]), query_sample(ITEMS[:900], SEEN), goal, progress.append)
     assert found.ann.plan.index_type == "Flat"
-    assert [setting.recall for setting in found.ann.settings] == [1.0] * 4
-    assert [candidate.index_type for candidate in found.candidates] == ["Flat"]
+    assert [(setting.k, setting.parameters) for setting in found.ann.settings] == [
+        (k, "") for k in (10, 50, 100, 500, 1000)
+    ]
+    assert {setting.recall for setting in found.ann.settings} == {1.0}
+    assert all(setting.latency_s > 0 for setting in found.ann.settings)
+    (candidate,) = found.candidates
+    assert (candidate.index_type, candidate.verdict, candidate.setting) == ("Flat", "chosen", found.ann.settings[1])
+    assert progress == sorted(progress)
+    assert len(progress) == 5
 
 
 def half_alike(spread: float) -> np.ndarray:
@@ -167,6 +176,8 @@ def test_bounds_are_kept_and_named_where_nothing_keeps_them():
         tuned(exact, queries, TuningGoal(exact_below=10, max_index_mb=0.1))
     with pytest.raises(InvalidInputError, match=r"more than max_latency_ms = 1e-06.*Raise max_latency_ms or"):
         tuned(exact, queries, TuningGoal(exact_below=10_000, max_latency_ms=1e-6))
+    with pytest.raises(InvalidInputError, match=r"no index of 6000 items .* Flat: its 0\.4 MB are more than"):
+        tuned(exact, queries, TuningGoal(exact_below=10_000, max_index_mb=0.1))
     with pytest.raises(InvalidInputError, match=r"the pinned index_type 'Flat': its .* MB are more than max_index_mb"):
         tuned(exact, queries, TuningGoal(index_type="Flat", max_index_mb=0.1))
 
