@@ -5,10 +5,8 @@ JSON object a line, for the process that started it.
 """
 
 import argparse
-import ctypes
 import itertools
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -42,6 +40,7 @@ from towers.catalogue import Catalogue, partition
 from towers.catalogue_columns import ITEM_ID
 from towers.checkpoint import CheckpointStore, Manifest
 from towers.errors import ConflictError, CorruptArtefactError, InvalidInputError, TwoTowerError
+from towers.parent import end_with_parent, message_stream
 from towers.store import Store
 from towers.tower import Tower
 
@@ -50,7 +49,6 @@ _EMBEDDING_SHARE = 0.6
 _INDEX_SHARE = 0.95
 _SIMILAR_SIZE = 1.5
 """Up to this ratio between the numbers of items an earlier choice of index holds."""
-_PR_SET_PDEATHSIG = 1
 _SCORED_ITEMS = 1000
 
 _log = logging.getLogger(__name__)
@@ -319,10 +317,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--parent", type=int, required=True, help="process that waits; the build ends with it")
     parser.add_argument("order", help="the build order, JSON")
     parsed = parser.parse_args(arguments)
-    _die_with(parsed.parent)
+    end_with_parent(parsed.parent)
+    # Ctrl-C reaches every process of the terminal; when to end is the parent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     order = BuildOrder.model_validate_json(parsed.order)
-    with _message_stream() as messages, _progress(order, messages) as report:
+    with message_stream() as messages, _progress(order, messages) as report:
         build_name = ""
         try:
             build_name = build(order, report).build
@@ -333,24 +333,6 @@ def main(arguments: list[str]) -> int:
             return 1
         _say(messages, BuildMessage(progress=1.0, build=build_name))
     return 0
-
-
-def _die_with(parent: int) -> None:
-    """Ends this process with its parent, even when the parent is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-    # Ctrl-C reaches every process of the terminal; when to end is the parent's decision.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def _message_stream() -> Iterator[TextIO]:
-    """The real stdout. Whatever a library prints there goes to stderr instead."""
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as messages:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        yield messages
 
 
 @contextmanager
