@@ -32,7 +32,7 @@ _SERVICE_CONFIG = {
     ],
 }
 
-CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
+_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
@@ -47,3 +47,18 @@ CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     # Despite its name the time that connecting may take; the default is longer than any deadline here.
     ("grpc.min_reconnect_backoff_ms", 2000),
 )
+
+
+def channel_options(num_connections: int) -> Sequence[tuple[str, Any]]:
+    """How each channel of a client connects.
+
+    Args:
+        num_connections: How many channels it has.
+
+    Raises:
+        ValueError: there is not one.
+    """
+    if num_connections < 1:
+        raise ValueError(f"num_connections = {num_connections}: give at least 1")
+    # Channels of one process that look alike share their connections otherwise.
+    return (*_OPTIONS, ("grpc.use_local_subchannel_pool", int(num_connections > 1)))

@@ -3,6 +3,7 @@
 Deliberately thin: requests are built in `questions`, responses read in `answers`.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
@@ -23,7 +24,7 @@ from retrieval_client.answers import (
     status_of,
 )
 from retrieval_client.batches import MAX_CALLS, batches
-from retrieval_client.channel import CHANNEL_OPTIONS
+from retrieval_client.channel import channel_options
 from retrieval_client.errors import RetrievalError, error_of, error_of_batch
 from retrieval_client.filters import Filter
 from retrieval_client.questions import (
@@ -57,16 +58,22 @@ class RetrievalClient:
     deadline, after growing pauses.
     """
 
-    def __init__(self, address: str, timeout_s: float = 2.0) -> None:
+    def __init__(self, address: str, timeout_s: float = 2.0, num_connections: int = 1) -> None:
         """Connects at the first call.
 
         Args:
             address: `host:port`, `unix:/path`, or `dns:///name:port` for all replicas behind a name, in turn.
             timeout_s: Deadline of a call that has none of its own.
+            num_connections: To each replica, used in turn: one connection keeps to one worker of a service that has
+                several (`--workers`), so give a few times as many as there are workers.
+
+        Raises:
+            ValueError: `num_connections` is below 1.
         """
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stub = query_service_pb2_grpc.QueryServiceStub(self._channel)
+        options = channel_options(num_connections)
+        self._channels = [grpc.insecure_channel(address, options=options) for _ in range(num_connections)]
+        self._stubs = itertools.cycle([query_service_pb2_grpc.QueryServiceStub(channel) for channel in self._channels])
 
     def retrieve(
         self,
@@ -100,7 +107,7 @@ class RetrievalClient:
             ValueError: a number that is not finite or too large to be sent exactly.
         """
         request = retrieve_request(features, k, excluded_item_ids, min_shards, attribute_names, filter)
-        return retrieval_of(self._call(self._stub.Retrieve, request, timeout_s))
+        return retrieval_of(self._call(self._stub().Retrieve, request, timeout_s))
 
     def batch_retrieve(
         self,
@@ -118,7 +125,7 @@ class RetrievalClient:
         Arguments and errors as of `retrieve`; the items excluded and the filter are the same for all queries.
         """
         request = batch_retrieve_request(queries, k, excluded_item_ids, min_shards, attribute_names, filter)
-        return retrievals_of(self._call(self._stub.BatchRetrieve, request, timeout_s))
+        return retrievals_of(self._call(self._stub().BatchRetrieve, request, timeout_s))
 
     def retrieve_all(
         self,
@@ -159,7 +166,7 @@ class RetrievalClient:
         try:
             for start, batch in batches(queries, batch_size):
                 request = batch_retrieve_request(batch, k, excluded_item_ids, min_shards, attribute_names, filter)
-                call = self._stub.BatchRetrieve.future(
+                call = self._stub().BatchRetrieve.future(
                     request, timeout=self._timeout_s if timeout_s is None else timeout_s
                 )
                 under_way.append((start, call))
@@ -208,7 +215,7 @@ class RetrievalClient:
             stream_request(number, query, k, excluded_item_ids, min_shards, attribute_names, filter)
             for number, query in enumerate(queries)
         )
-        return Stream(self._stub.StreamRetrieve, requests).outcomes()
+        return Stream(self._stub().StreamRetrieve, requests).outcomes()
 
     def explain(
         self,
@@ -239,11 +246,11 @@ class RetrievalClient:
             RetrievalError: as of `retrieve`; UNAVAILABLE where one shard does not answer.
         """
         request = explain_request(features, item_id, k, excluded_item_ids, filter, checkpoint_version)
-        return explanation_of(self._call(self._stub.Explain, request, timeout_s))
+        return explanation_of(self._call(self._stub().Explain, request, timeout_s))
 
     def embed(self, queries: Sequence[Features], *, timeout_s: float | None = None) -> Embeddings:
         """Returns the embeddings of queries. Errors as of `retrieve`."""
-        return embeddings_of(self._call(self._stub.Embed, embed_request(queries), timeout_s))
+        return embeddings_of(self._call(self._stub().Embed, embed_request(queries), timeout_s))
 
     def get_status(self, *, timeout_s: float | None = None) -> ServiceStatus:
         """Returns what this replica serves.
@@ -251,11 +258,12 @@ class RetrievalClient:
         Raises:
             RetrievalError: the service did not answer.
         """
-        return status_of(self._call(self._stub.GetStatus, query_service_pb2.GetStatusRequest(), timeout_s))
+        return status_of(self._call(self._stub().GetStatus, query_service_pb2.GetStatusRequest(), timeout_s))
 
     def close(self) -> None:
         """Disconnects."""
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -264,6 +272,10 @@ class RetrievalClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _stub(self) -> query_service_pb2_grpc.QueryServiceStub:
+        """That of the next connection."""
+        return next(self._stubs)
 
     def _call(self, method: _Method[_Request, _Response], request: _Request, timeout_s: float | None) -> _Response:
         try:

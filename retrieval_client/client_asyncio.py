@@ -4,6 +4,7 @@ Deliberately thin: requests are built in `questions`, responses read in `answers
 """
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence
 from types import TracebackType
@@ -24,7 +25,7 @@ from retrieval_client.answers import (
     status_of,
 )
 from retrieval_client.batches import MAX_CALLS, batches
-from retrieval_client.channel import CHANNEL_OPTIONS
+from retrieval_client.channel import channel_options
 from retrieval_client.errors import RetrievalError, error_of, error_of_batch
 from retrieval_client.filters import Filter
 from retrieval_client.questions import (
@@ -53,20 +54,24 @@ class AsyncRetrievalClient:
     deadline, after growing pauses.
     """
 
-    def __init__(self, address: str, timeout_s: float = 2.0) -> None:
+    def __init__(self, address: str, timeout_s: float = 2.0, num_connections: int = 1) -> None:
         """Connects at the first call.
 
         Args:
             address: `host:port`, `unix:/path`, or `dns:///name:port` for all replicas behind a name, in turn.
             timeout_s: Deadline of a call that has none of its own.
+            num_connections: To each replica, used in turn: one connection keeps to one worker of a service that has
+                several (`--workers`), so give a few times as many as there are workers.
 
         Raises:
+            ValueError: `num_connections` is below 1.
             RuntimeError: no event loop is running; make the client inside the coroutine that uses it.
         """
         asyncio.get_running_loop()
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stub = query_service_pb2_grpc.QueryServiceStub(self._channel)
+        options = channel_options(num_connections)
+        self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(num_connections)]
+        self._stubs = itertools.cycle([query_service_pb2_grpc.QueryServiceStub(channel) for channel in self._channels])
 
     async def retrieve(
         self,
@@ -100,7 +105,7 @@ class AsyncRetrievalClient:
             ValueError: a number that is not finite or too large to be sent exactly.
         """
         request = retrieve_request(features, k, excluded_item_ids, min_shards, attribute_names, filter)
-        return retrieval_of(await self._call(self._stub.Retrieve, request, timeout_s))
+        return retrieval_of(await self._call(self._stub().Retrieve, request, timeout_s))
 
     async def batch_retrieve(
         self,
@@ -118,7 +123,7 @@ class AsyncRetrievalClient:
         Arguments and errors as of `retrieve`; the items excluded and the filter are the same for all queries.
         """
         request = batch_retrieve_request(queries, k, excluded_item_ids, min_shards, attribute_names, filter)
-        return retrievals_of(await self._call(self._stub.BatchRetrieve, request, timeout_s))
+        return retrievals_of(await self._call(self._stub().BatchRetrieve, request, timeout_s))
 
     async def retrieve_all(
         self,
@@ -160,7 +165,7 @@ class AsyncRetrievalClient:
         async def ask(start: int, request: query_service_pb2.BatchRetrieveRequest) -> tuple[Retrieval, ...]:
             limit_s = self._timeout_s if timeout_s is None else timeout_s
             try:
-                return retrievals_of(await self._stub.BatchRetrieve(request, timeout=limit_s))
+                return retrievals_of(await self._stub().BatchRetrieve(request, timeout=limit_s))
             except grpc.aio.AioRpcError as error:
                 raise error_of_batch(start, error.code(), error.details()) from error
 
@@ -219,7 +224,7 @@ class AsyncRetrievalClient:
                 yield stream_request(number, query, k, excluded_item_ids, min_shards, attribute_names, filter)
                 number += 1
 
-        return AsyncStream(self._stub.StreamRetrieve, requests()).outcomes()
+        return AsyncStream(self._stub().StreamRetrieve, requests()).outcomes()
 
     async def explain(
         self,
@@ -250,11 +255,11 @@ class AsyncRetrievalClient:
             RetrievalError: as of `retrieve`; UNAVAILABLE where one shard does not answer.
         """
         request = explain_request(features, item_id, k, excluded_item_ids, filter, checkpoint_version)
-        return explanation_of(await self._call(self._stub.Explain, request, timeout_s))
+        return explanation_of(await self._call(self._stub().Explain, request, timeout_s))
 
     async def embed(self, queries: Sequence[Features], *, timeout_s: float | None = None) -> Embeddings:
         """Returns the embeddings of queries. Errors as of `retrieve`."""
-        return embeddings_of(await self._call(self._stub.Embed, embed_request(queries), timeout_s))
+        return embeddings_of(await self._call(self._stub().Embed, embed_request(queries), timeout_s))
 
     async def get_status(self, *, timeout_s: float | None = None) -> ServiceStatus:
         """Returns what this replica serves.
@@ -262,11 +267,11 @@ class AsyncRetrievalClient:
         Raises:
             RetrievalError: the service did not answer.
         """
-        return status_of(await self._call(self._stub.GetStatus, query_service_pb2.GetStatusRequest(), timeout_s))
+        return status_of(await self._call(self._stub().GetStatus, query_service_pb2.GetStatusRequest(), timeout_s))
 
     async def close(self) -> None:
         """Disconnects."""
-        await self._channel.close()
+        await asyncio.gather(*(channel.close() for channel in self._channels))
 
     async def __aenter__(self) -> Self:
         return self
@@ -275,6 +280,10 @@ class AsyncRetrievalClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _stub(self) -> "query_service_pb2_grpc.QueryServiceAsyncStub":
+        """That of the next connection."""
+        return next(self._stubs)
 
     async def _call(
         self, method: _Method[_Request, _Response], request: _Request, timeout_s: float | None
