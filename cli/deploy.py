@@ -156,6 +156,7 @@ def _as_json(overview: "Overview", next_step: str) -> dict[str, Any]:
                 "shard": replica.shard,
                 "num_shards": replica.num_shards,
                 "address": replica.address,
+                "worker": replica.worker,
                 "error": replica.error,
                 "deployment_revision": replica.deployment_revision,
                 "layouts": sorted(replica.layouts),
@@ -238,6 +239,8 @@ def _print_overview(overview: "Overview", next_step: str, console: "Console") ->
 def _process_rows(replica: "Replica") -> list[tuple[str, ...]]:
     """One row for each version; the name and the address are in the first."""
     title = replica.title if replica.shard is not None else "query"
+    if replica.worker is not None:
+        title += f" {replica.worker}"
     versions = [
         (
             _state(load),

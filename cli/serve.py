@@ -111,11 +111,17 @@ def query(
             metavar="SHARE",
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that share the address, for more than one core. [env var: TWOTOWER_WORKERS]",
+            metavar="COUNT",
+        ),
+    ] = None,
     poll_interval_s: PollInterval = None,
     reflection: Reflection = None,
 ) -> None:
     """The query service: encodes, caches, fans out to the shards, merges."""
-    from query_service.serve import run
     from query_service.settings import QuerySettings
 
     _log_to_stderr()
@@ -125,10 +131,16 @@ def query(
         "store": store,
         "redis_url": redis_url,
         "shadow_share": shadow_share,
+        "workers": workers,
         "poll_interval_s": poll_interval_s,
         "reflection": reflection,
     }
-    run(QuerySettings(**_without_missing(given)))
+    settings = QuerySettings(**_without_missing(given))
+    if settings.workers == 1:
+        from query_service.serve import run
+    else:
+        from query_service.workers import run
+    run(settings)
 
 
 def rollout(

@@ -124,7 +124,8 @@ def advise(store: "Store", store_url: str) -> str:
 
 def lines_of(stack: "LocalStack", fleet: "Fleet") -> list[ProcessLine]:
     """One line per process."""
-    by_address = {replica.address: replica for replica in fleet.replicas}
+    # Of several workers the first one stands for all.
+    by_address = {replica.address: replica for replica in reversed(fleet.replicas)}
     replicas = {name: by_address[stack.address(name)] for name in stack.names if stack.address(name) in by_address}
     return [
         ProcessLine(

@@ -5,8 +5,9 @@ Deliberately does not know how a request is answered.
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 import uvloop
 from retrieval.query.v1 import query_service_pb2_grpc
@@ -21,8 +22,10 @@ from query_service.retrieve import Retriever
 from query_service.service import SERVICE_NAME, QueryService
 from query_service.settings import QuerySettings
 from query_service.shadow import Shadow
+from query_service.siblings import Siblings
 from query_service.traffic import Traffic
 from query_service.versions import Versions
+from towers.errors import TwoTowerError
 from towers.rpc import RpcServer, until_stopped
 from towers.store import Store
 
@@ -37,15 +40,24 @@ def run(settings: QuerySettings) -> None:
     Raises:
         InvalidInputError: the store cannot be opened, or the address cannot be bound.
     """
+    run_loop(_serve_until_stopped(settings))
+
+
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Runs a process's event loop until `main` returns."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    uvloop.run(_serve_until_stopped(settings))
+    uvloop.run(main)
 
 
 @asynccontextmanager
-async def serving(settings: QuerySettings) -> AsyncIterator[int]:
-    """Serves while the block runs, then drains; yields the port.
+async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> AsyncIterator[int]:
+    """Serves while the block runs, then drains; yields the port, 0 where nothing listens yet.
 
     The service is ready, in the health protocol's sense, once a query tower is loaded.
+
+    Args:
+        settings: The whole configuration.
+        siblings: The processes that share the address; this one is told there once it is ready too.
 
     Raises:
         InvalidInputError: the store cannot be opened, or the address cannot be bound.
@@ -67,28 +79,30 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
         drain_s=settings.drain_s,
         grace_s=settings.grace_s,
         reflect=settings.reflection,
+        shares_port=siblings is not None,
     )
-    query_service_pb2_grpc.add_QueryServiceServicer_to_server(
-        QueryService(
-            retriever,
-            explainer,
-            versions,
-            shards,
-            cache,
-            traffic,
-            shadow,
-            settings.default_timeout_s,
-            settings.max_stream_queries,
-            server.draining,
-        ),
-        server.grpc,
+    service = QueryService(
+        retriever,
+        explainer,
+        versions,
+        shards,
+        cache,
+        traffic,
+        shadow,
+        settings.default_timeout_s,
+        settings.max_stream_queries,
+        server.draining,
+        siblings,
     )
+    query_service_pb2_grpc.add_QueryServiceServicer_to_server(service, server.grpc)
     background: list[asyncio.Task[None]] = []
     try:
-        port = await server.start()
+        if siblings is not None:
+            await siblings.listen(service.status)
+        port = await server.start() if siblings is None or siblings.joins_at_once else 0
         background += [
             asyncio.create_task(versions.follow()),
-            asyncio.create_task(_ready_once_loaded(versions, server)),
+            asyncio.create_task(_ready_once_loaded(versions, server, siblings)),
         ]
         try:
             yield port
@@ -103,6 +117,8 @@ async def serving(settings: QuerySettings) -> AsyncIterator[int]:
         await shards.close()
         await cache.close()
         offload.close()
+        if siblings is not None:
+            await siblings.close()
 
 
 async def _serve_until_stopped(settings: QuerySettings) -> None:
@@ -112,6 +128,16 @@ async def _serve_until_stopped(settings: QuerySettings) -> None:
         await stopped
 
 
-async def _ready_once_loaded(versions: Versions, server: RpcServer) -> None:
+async def _ready_once_loaded(versions: Versions, server: RpcServer, siblings: Siblings | None) -> None:
     await versions.ready.wait()
-    await server.set_ready(True)
+    if siblings is None:
+        await server.set_ready(True)
+        return
+    try:
+        if not siblings.joins_at_once:
+            await server.start(is_ready=True)
+        await server.set_ready(True)
+    except TwoTowerError as error:
+        siblings.joined.set_exception(error)
+    else:
+        siblings.joined.set_result(None)

@@ -17,6 +17,7 @@ from query_service.fan_out import Shards
 from query_service.micro_batch import BatchCounts
 from query_service.retrieve import Retriever
 from query_service.shadow import Comparison, Shadow
+from query_service.siblings import Siblings
 from query_service.stream import answer_stream
 from query_service.traffic import Traffic
 from query_service.versions import TowerState, Versions
@@ -49,6 +50,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         default_timeout_s: float,
         max_stream_queries: int,
         draining: asyncio.Event,
+        siblings: Siblings | None = None,
     ) -> None:
         self._retriever = retriever
         self._explainer = explainer
@@ -60,6 +62,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         self._default_timeout_s = default_timeout_s
         self._max_stream_queries = max_stream_queries
         self._draining = draining
+        self._siblings = siblings
 
     async def Retrieve(  # noqa: N802
         self, request: query_service_pb2.RetrieveRequest, context: _Context
@@ -136,6 +139,13 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         context: _Context,  # noqa: ARG002
     ) -> query_service_pb2.GetStatusResponse:
         """Returns the versions this replica serves, its traffic, its shards and its cache."""
+        status = self.status()
+        if self._siblings is not None:
+            status.workers.extend(await self._siblings.statuses(status))
+        return status
+
+    def status(self) -> query_service_pb2.GetStatusResponse:
+        """What this process says of itself."""
         live, standby = self._versions.live, self._versions.standby
         revision = self._versions.deployment.revision
         return query_service_pb2.GetStatusResponse(

@@ -3,9 +3,10 @@
 Deliberately does not know how any of it is used.
 """
 
+import sys
 from typing import Any
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from towers.settings import PREFIX, Address, Layouts, invalid_settings
@@ -22,6 +23,8 @@ class QuerySettings(BaseSettings):
     """The object store: a folder, or `s3://…`, `gs://…`, `az://…`."""
     address: Address = "127.0.0.1:50051"
     """Where the service listens: `host:port`, port 0 for any free one, or `unix:/path`."""
+    workers: int = Field(default=1, ge=1, le=64)
+    """Processes that share the address; more than one needs Linux and `host:port`."""
     shards: Layouts
     """Addresses of the index shards, `a:1|a:2,b:1`: `,` between shards, `|` between replicas; `;` between layouts."""
     redis_url: str = Field(default="", validation_alias=AliasChoices(f"{PREFIX}REDIS_URL", "REDIS_URL"), repr=False)
@@ -60,6 +63,15 @@ class QuerySettings(BaseSettings):
             super().__init__(**overrides)
         except ValidationError as error:
             raise invalid_settings(error) from None
+
+    @field_validator("workers")
+    @classmethod
+    def _can_share(cls, workers: int, info: ValidationInfo) -> int:
+        if workers > 1 and info.data.get("address", "").startswith("unix:"):
+            raise ValueError(f"{workers} processes cannot share a unix socket: set {PREFIX}ADDRESS to host:port, or 1")
+        if workers > 1 and sys.platform != "linux":
+            raise ValueError("only Linux spreads connections over the processes of one port: set 1")
+        return workers
 
     @field_validator("redis_url")
     @classmethod

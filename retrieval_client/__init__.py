@@ -18,6 +18,7 @@ from retrieval_client.answers import (
     ShardConnection,
     TowerStatus,
     VersionTraffic,
+    WorkerStatus,
 )
 from retrieval_client.client import RetrievalClient
 from retrieval_client.client_asyncio import AsyncRetrievalClient
@@ -58,6 +59,7 @@ __all__ = [
     "TowerStatus",
     "UnavailableError",
     "VersionTraffic",
+    "WorkerStatus",
     "all_of",
     "any_of",
     "attribute",

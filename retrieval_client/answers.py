@@ -195,6 +195,20 @@ class ServiceStatus:
     shadow: ShadowStatus | None
     """None when no version stands by."""
     traffic: tuple[VersionTraffic, ...]
+    workers: tuple["WorkerStatus", ...]
+    """Every process that shares the address, this one included; empty where there is one."""
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """One of several processes that share an address."""
+
+    worker: int
+    """Its number, from 0."""
+    status: ServiceStatus | None
+    """What it says of itself; None where it does not answer in time."""
+    error: str
+    """Why it does not, in words."""
 
 
 def retrieval_of(response: query_service_pb2.RetrieveResponse) -> Retrieval:
@@ -284,6 +298,10 @@ def status_of(response: query_service_pb2.GetStatusResponse) -> ServiceStatus:
                 part.checkpoint_version, part.num_shards, part.num_requests, part.num_errors, part.p50_s, part.p99_s
             )
             for part in response.traffic
+        ),
+        workers=tuple(
+            WorkerStatus(worker.worker, status_of(worker.status) if worker.HasField("status") else None, worker.error)
+            for worker in response.workers
         ),
     )
 

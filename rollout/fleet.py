@@ -123,7 +123,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Replica:
-    """One process, as it answered; or why it did not."""
+    """One process, as it answered; or why it did not. Each worker of a query service is one."""
 
     role: Role
     address: str
@@ -142,10 +142,14 @@ class Replica:
     """Query services only; None when nothing stands by."""
     traffic: Sequence[Traffic] = ()
     """Query services only."""
+    worker: int | None = None
+    """Number among the processes of its address; None where it is the only one."""
 
     @property
     def title(self) -> str:
-        """Role and number: `shard 0/2`."""
+        """Role and number: `shard 0/2`, `worker 1 of the query service`."""
+        if self.worker is not None:
+            return f"worker {self.worker} of the {self.role}"
         return self.role if self.shard is None else f"{self.role} {self.shard}/{self.num_shards}"
 
     @property

@@ -77,11 +77,11 @@ class StatusCollector:
 
     async def collect(self) -> Fleet:
         """Asks all replicas; never fails, for a replica that does not answer says so in its `error`."""
-        shards, query_services = await asyncio.gather(
+        shards, answers = await asyncio.gather(
             asyncio.gather(*(self._shard(place, channel) for place, channel in self._shards)),
             asyncio.gather(*(self._query_service(address, channel) for address, channel in self._query_services)),
         )
-        return Fleet(shards, query_services)
+        return Fleet(shards, [process for processes in answers for process in processes])
 
     async def _shard(self, place: _Place, channel: grpc.aio.Channel) -> Replica:
         replica = Replica("shard", place.address, place.shard, place.num_shards)
@@ -128,41 +128,56 @@ class StatusCollector:
         ]
         return replace(replica, deployment_revision=answer.deployment_revision, loads=loads)
 
-    async def _query_service(self, address: str, channel: grpc.aio.Channel) -> Replica:
+    async def _query_service(self, address: str, channel: grpc.aio.Channel) -> list[Replica]:
+        """The processes at one address."""
         stub = query_service_pb2_grpc.QueryServiceStub(channel)
         try:
             answer = await stub.GetStatus(query_service_pb2.GetStatusRequest(), timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
-            return Replica("query service", address, error=_in_words(error))
-        loads = [
-            LoadStatus(
-                version=status.checkpoint_version,
-                state=_TOWER_STATES.get(status.state, State.UNKNOWN),
-                reason=status.reason,
-                is_corrupt=status.is_corrupt,
-                golden_difference=status.golden_difference,
+            return [Replica("query service", address, error=_in_words(error))]
+        if not answer.workers:
+            return [_query_process(address, answer)]
+        return [
+            replace(
+                _query_process(address, worker.status)
+                if worker.HasField("status")
+                else Replica("query service", address, error=worker.error),
+                worker=worker.worker,
             )
-            for status in answer.towers
+            for worker in answer.workers
         ]
-        return Replica(
-            "query service",
-            address,
-            deployment_revision=answer.deployment_revision,
-            loads=loads,
-            layouts=frozenset(connection.num_shards for connection in answer.shards),
-            shadow=_shadow(answer.shadow) if answer.HasField("shadow") else None,
-            traffic=[
-                Traffic(
-                    part.checkpoint_version,
-                    part.num_shards,
-                    part.num_requests,
-                    part.num_errors,
-                    part.p50_s,
-                    part.p99_s,
-                )
-                for part in answer.traffic
-            ],
+
+
+def _query_process(address: str, answer: query_service_pb2.GetStatusResponse) -> Replica:
+    loads = [
+        LoadStatus(
+            version=status.checkpoint_version,
+            state=_TOWER_STATES.get(status.state, State.UNKNOWN),
+            reason=status.reason,
+            is_corrupt=status.is_corrupt,
+            golden_difference=status.golden_difference,
         )
+        for status in answer.towers
+    ]
+    return Replica(
+        "query service",
+        address,
+        deployment_revision=answer.deployment_revision,
+        loads=loads,
+        layouts=frozenset(connection.num_shards for connection in answer.shards),
+        shadow=_shadow(answer.shadow) if answer.HasField("shadow") else None,
+        traffic=[
+            Traffic(
+                part.checkpoint_version,
+                part.num_shards,
+                part.num_requests,
+                part.num_errors,
+                part.p50_s,
+                part.p99_s,
+            )
+            for part in answer.traffic
+        ],
+    )
 
 
 def _channel(address: str) -> grpc.aio.Channel:

@@ -30,6 +30,14 @@ SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
+_SHARED_PORT_OPTIONS: Sequence[tuple[str, Any]] = (
+    *(option for option in SERVER_OPTIONS if option[0] != "grpc.so_reuseport"),
+    ("grpc.so_reuseport", 1),
+    # The kernel chooses a process for each connection. A process that is new gets some once old ones are renewed;
+    # calls that are under way end first.
+    ("grpc.max_connection_age_ms", 30_000),
+)
+
 CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -106,7 +114,14 @@ class RpcServer:
     """A grpc.aio server with health, error mapping and drain."""
 
     def __init__(
-        self, address: str, service_name: str, *, drain_s: float, grace_s: float, reflect: bool = False
+        self,
+        address: str,
+        service_name: str,
+        *,
+        drain_s: float,
+        grace_s: float,
+        reflect: bool = False,
+        shares_port: bool = False,
     ) -> None:
         """Makes a server; nothing listens yet.
 
@@ -116,8 +131,10 @@ class RpcServer:
             drain_s: Seconds between NOT_SERVING and the refusal of new calls, for clients to see it.
             grace_s: Seconds that calls in flight then have to end.
             reflect: Whether the reflection service is on.
+            shares_port: Whether other processes listen there too; who starts them makes sure that no stranger does.
         """
-        self.grpc = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=SERVER_OPTIONS)
+        options = _SHARED_PORT_OPTIONS if shares_port else SERVER_OPTIONS
+        self.grpc = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=options)
         self._address = address
         self._service_name = service_name
         self._drain_s = drain_s
@@ -130,8 +147,11 @@ class RpcServer:
         if reflect:
             reflection.enable_server_reflection((service_name, reflection.SERVICE_NAME), self.grpc)
 
-    async def start(self) -> int:
+    async def start(self, *, is_ready: bool = False) -> int:
         """Listens.
+
+        Args:
+            is_ready: Whether the service can answer already.
 
         Returns:
             The port; 0 for a unix socket.
@@ -143,7 +163,7 @@ class RpcServer:
             port = self.grpc.add_insecure_port(self._address)
         except RuntimeError as error:
             raise InvalidInputError(f"cannot listen on {self._address}: is another process using it?") from error
-        await self.set_ready(False)
+        await self.set_ready(is_ready)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self.grpc.start()
         _log.info("%s listens on %s (port %d)", self._service_name, self._address, port)

@@ -161,8 +161,8 @@ def test_importing_the_service_imports_nothing_of_training_indexes_or_the_catalo
     assert result.stdout.strip() == "{'onnxruntime'}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_drain_fails_no_call(world: World, models: dict[int, ToyModel], number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_drain_fails_no_call(world: World, models: dict[int, ToyModel], number: signal.Signals, workers: int) -> None:
     """Callers go by the health service, as load balancers do; calls in flight take longer than the drain."""
     is_told_to_stop = False
 
@@ -191,6 +191,7 @@ def test_a_drain_fails_no_call(world: World, models: dict[int, ToyModel], number
             first.delay_s = second.delay_s = 1.2
             addresses = f"{first.address},{second.address}"
             settings = {"STORE": world.store.url, "SHARDS": addresses, "DRAIN_S": 1, "GRACE_S": PATIENCE_S}
+            settings["WORKERS"] = workers
             with ServiceProcess("query", QUERY_SERVICE, settings) as process:
                 await asyncio.to_thread(process.until_ready)
                 async with grpc.aio.insecure_channel(process.address) as channel:

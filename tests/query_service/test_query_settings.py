@@ -85,6 +85,8 @@ def test_all_that_is_wrong_is_told_at_once_by_variable(monkeypatch: pytest.Monke
         ({"shards": "a:70000"}, "TWOTOWER_SHARDS: 'a:70000' is not host:port"),
         ({"store": ""}, "TWOTOWER_STORE: "),
         ({"address": "unix:"}, "TWOTOWER_ADDRESS: 'unix:' is not host:port"),
+        ({"workers": 0}, "TWOTOWER_WORKERS: "),
+        ({"workers": 2, "address": "unix:/run/query"}, "TWOTOWER_WORKERS: 2 processes cannot share a unix socket"),
         ({"max_batch_size": 0}, "TWOTOWER_MAX_BATCH_SIZE: "),
         ({"default_timeout_s": float("nan")}, "TWOTOWER_DEFAULT_TIMEOUT_S: "),
         ({"colour": "blue"}, "there is no setting 'colour'"),

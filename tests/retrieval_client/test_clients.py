@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from retrieval_client import (
     TowerStatus,
     UnavailableError,
     VersionTraffic,
+    WorkerStatus,
 )
 
 PATIENCE_S = 30.0
@@ -152,6 +154,10 @@ def test_the_status_is_typed(call: Callable[..., Any]) -> None:
                 checkpoint_version=2, num_shards=4, num_requests=9, num_errors=1, p50_s=0.25, p99_s=0.5
             )
         ],
+        workers=[
+            query_service_pb2.WorkerStatus(worker=0, status=query_service_pb2.GetStatusResponse(live_version=2)),
+            query_service_pb2.WorkerStatus(worker=1, error="is not reachable"),
+        ],
     )
     expected = ServiceStatus(
         deployment_revision=4,
@@ -163,9 +169,37 @@ def test_the_status_is_typed(call: Callable[..., Any]) -> None:
         features=(QueryFeature("user_id", "categorical"),),
         shadow=ShadowStatus(3, 2, 5, 1, 0.5, 0.25, 0.75, 1.25, 1.75),
         traffic=(VersionTraffic(2, 4, 9, 1, 0.25, 0.5),),
+        workers=(),
     )
     with ScriptedService(lambda request, context: response) as service:
-        assert call(service.address, "get_status") == expected
+        status = call(service.address, "get_status")
+    first, second = status.workers
+    assert replace(status, workers=()) == expected
+    assert (first.worker, first.status.live_version, first.error) == (0, 2, "")
+    assert second == WorkerStatus(1, None, "is not reachable")
+
+
+def test_connections_of_one_client_are_used_in_turn() -> None:
+    peers: list[str] = []
+
+    def answer(request: Any, context: grpc.ServicerContext) -> query_service_pb2.EmbedResponse:
+        peers.append(context.peer())
+        return query_service_pb2.EmbedResponse(embeddings=bytes(4), dim=1)
+
+    async def three_times(address: str) -> None:
+        async with AsyncRetrievalClient(address, num_connections=2) as client:
+            for _ in range(3):
+                await client.embed([{}])
+
+    with ScriptedService(answer) as service:
+        with RetrievalClient(service.address, num_connections=2) as client:
+            for _ in range(3):
+                client.embed([{}])
+        asyncio.run(three_times(service.address))
+    assert len(set(peers)) == 4
+    assert (peers[0], peers[3]) == (peers[2], peers[5])
+    with pytest.raises(ValueError, match="num_connections = 0: give at least 1"):
+        RetrievalClient("127.0.0.1:1", num_connections=0)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ class ScriptedReplica:
     shadow: Shadow | None = None
     traffic: Sequence[Traffic] = ()
     layouts: Sequence[int] = (2, 3)
+    workers: Sequence["ScriptedReplica"] = ()
+    """The processes that share the address, where there are several; one that fails does not answer the others."""
     address: str = field(default="", init=False)
 
     async def wait_or_fail(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -102,26 +104,35 @@ class _QueryService(query_service_pb2_grpc.QueryServiceServicer):
         self, request: query_service_pb2.GetStatusRequest, context: Any
     ) -> query_service_pb2.GetStatusResponse:
         await self._script.wait_or_fail(context)
-        return query_service_pb2.GetStatusResponse(
-            deployment_revision=self._script.deployment_revision,
-            shards=[
-                query_service_pb2.ShardConnection(shard=shard, num_shards=num_shards)
-                for num_shards in self._script.layouts
-                for shard in range(num_shards)
-            ],
-            shadow=self._script.shadow and query_service_pb2.ShadowStatus(**_renamed(self._script.shadow)),
-            traffic=[query_service_pb2.VersionTraffic(**_renamed(part)) for part in self._script.traffic],
-            towers=[
-                query_service_pb2.TowerStatus(
-                    checkpoint_version=load.version,
-                    state=_TOWER_STATES[load.state],
-                    reason=load.reason,
-                    is_corrupt=load.is_corrupt,
-                    golden_difference=load.golden_difference,
-                )
-                for load in self._script.loads
-            ],
-        )
+        status = _query_status(self._script)
+        for number, worker in enumerate(self._script.workers):
+            said = None if worker.failure else _query_status(worker)
+            error = "is not reachable" if worker.failure else ""
+            status.workers.append(query_service_pb2.WorkerStatus(worker=number, status=said, error=error))
+        return status
+
+
+def _query_status(script: ScriptedReplica) -> query_service_pb2.GetStatusResponse:
+    return query_service_pb2.GetStatusResponse(
+        deployment_revision=script.deployment_revision,
+        shards=[
+            query_service_pb2.ShardConnection(shard=shard, num_shards=num_shards)
+            for num_shards in script.layouts
+            for shard in range(num_shards)
+        ],
+        shadow=script.shadow and query_service_pb2.ShadowStatus(**_renamed(script.shadow)),
+        traffic=[query_service_pb2.VersionTraffic(**_renamed(part)) for part in script.traffic],
+        towers=[
+            query_service_pb2.TowerStatus(
+                checkpoint_version=load.version,
+                state=_TOWER_STATES[load.state],
+                reason=load.reason,
+                is_corrupt=load.is_corrupt,
+                golden_difference=load.golden_difference,
+            )
+            for load in script.loads
+        ],
+    )
 
 
 def _renamed(figures: Shadow | Traffic) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from fleets import load
 from scripted_services import ScriptedReplica, ScriptedServices, scripted_services, serve_query_service
 
 from rollout.fleet import Fleet, Replica, SearchSetting, Shadow, State, Traffic
+from rollout.gates import Outcome, replicas_available
 from rollout.statuses import StatusCollector
 from towers.deployment import Slot
 
@@ -81,6 +82,35 @@ def test_all_of_a_query_services_answer_arrives(state: State) -> None:
             assert (replica.loads, replica.error, replica.deployment_revision) == ([said], "", 3)
             assert (replica.shadow, replica.traffic, replica.layouts) == (shadow, traffic, {2, 3})
             assert replica.name == f"query service at {services.query_service.address}"
+
+    asyncio.run(scenario())
+
+
+def test_each_worker_of_a_query_service_is_a_replica() -> None:
+    async def scenario() -> None:
+        async with scripted_services() as services:
+            services.say(load(1))
+            service = services.query_service
+            first, second = ScriptedReplica(loads=[load(2)]), ScriptedReplica(loads=[load(2)])
+            second.failure = grpc.StatusCode.UNAVAILABLE
+            first.traffic = second.traffic = [Traffic(2, 2, 5, 1, 1.0, 2.0)]
+            service.workers = [first, second]
+            fleet = await collect(services)
+            assert [replica.name for replica in fleet.query_services] == [
+                f"worker {number} of the query service at {service.address}" for number in (0, 1)
+            ]
+            assert [(replica.serves(2), replica.error) for replica in fleet.query_services] == [
+                (True, ""),
+                (False, "is not reachable"),
+            ]
+            waiting = replicas_available(2, Fleet([], fleet.query_services))
+            assert waiting.outcome is Outcome.WAIT
+            assert f"worker 1 of the query service at {service.address} is not reachable" in waiting.explanation
+
+            second.failure = None
+            fleet = await collect(services)
+            assert all(replica.serves(2) for replica in fleet.query_services)
+            assert fleet.traffic_of(Slot(2, 2), 3) == Traffic(2, 2, 10, 2, 1.0, 2.0), "of all workers together"
 
     asyncio.run(scenario())
 

@@ -672,6 +672,7 @@ class GetStatusResponse(_message.Message):
     SHADOW_FIELD_NUMBER: _builtins.int
     TRAFFIC_FIELD_NUMBER: _builtins.int
     MICRO_BATCHES_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
     deployment_revision: _builtins.int
     """Revision of the deployment record it follows; 0 before the first."""
     live_version: _builtins.int
@@ -706,6 +707,12 @@ class GetStatusResponse(_message.Message):
     def micro_batches(self) -> Global___MicroBatchStatus:
         """Single requests that were answered together."""
 
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
+        """Every process that shares this address, the one that answers included; empty where there is one. A
+        connection stays with one of them, of which alone all else here is said.
+        """
+
     def __init__(
         self,
         *,
@@ -719,14 +726,47 @@ class GetStatusResponse(_message.Message):
         shadow: Global___ShadowStatus | None = ...,
         traffic: _abc.Iterable[Global___VersionTraffic] | None = ...,
         micro_batches: Global___MicroBatchStatus | None = ...,
+        workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "micro_batches", b"micro_batches", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "deployment_revision", b"deployment_revision", "features", b"features", "live_version", b"live_version", "micro_batches", b"micro_batches", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "deployment_revision", b"deployment_revision", "features", b"features", "live_version", b"live_version", "micro_batches", b"micro_batches", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class WorkerStatus(_message.Message):
+    """One of several processes that share an address."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    worker: _builtins.int
+    """Its number, from 0."""
+    error: _builtins.str
+    """Why it does not, in words; empty otherwise."""
+    @_builtins.property
+    def status(self) -> Global___GetStatusResponse:
+        """What it says of itself; unset where it does not answer in time."""
+
+    def __init__(
+        self,
+        *,
+        worker: _builtins.int = ...,
+        status: Global___GetStatusResponse | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "status", b"status", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
 
 @_typing.final
 class MicroBatchStatus(_message.Message):
