@@ -81,7 +81,7 @@ class Death:
 class LocalStack:
     """Processes on this machine, by name: `valkey`, `shard-0`, …, `query`, `rollout`.
 
-    Further replicas are `shard-0-replica-1`, …; the shards of a second layout `shard-0-of-3`, ….
+    Further replicas are `shard-0-replica-1`, … and `query-1`, …; the shards of a second layout `shard-0-of-3`, ….
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class LocalStack:
         num_shards: int = 2,
         next_num_shards: int | None = None,
         replicas: int = 1,
+        query_services: int = 1,
         query_port: int = QUERY_PORT,
         grace_s: float = _GRACE_S,
     ) -> None:
@@ -103,8 +104,9 @@ class LocalStack:
             num_shards: Number of shards.
             next_num_shards: Number of shards of a second layout, to re-shard to; None: there is none.
             replicas: Of each shard.
-            query_port: Port of the query service; the shards' replicas, one after another, take `query_port + 10`
-                and those after it. 0: any free ports.
+            query_services: Replicas of the query service.
+            query_port: Port of the query service, whose replicas take those after it; the shards' replicas, one after
+                another, take `query_port + 10` and those after it. 0: any free ports.
             grace_s: Seconds a process has to end before it is killed.
 
         Raises:
@@ -116,16 +118,19 @@ class LocalStack:
                 f"shards = {' and '.join(map(str, sizes))} with replicas = {replicas}: give at least 1 of each, and "
                 f"at most {MAX_SHARDS} processes"
             )
+        if not 1 <= query_services <= SHARD_PORT_OFFSET:
+            raise InvalidInputError(f"query services = {query_services}: give 1 to {SHARD_PORT_OFFSET}")
         if next_num_shards == num_shards:
             raise InvalidInputError(f"next shards = {num_shards}: there are as many already; give another number")
         if not 0 <= query_port <= 65_535 - SHARD_PORT_OFFSET - MAX_SHARDS:
             raise InvalidInputError(f"port = {query_port}: give a port up to {65_535 - SHARD_PORT_OFFSET - MAX_SHARDS}")
         if query_port:
-            ports = [query_port, *range(query_port + SHARD_PORT_OFFSET, 65_536)]
+            query_ports = range(query_port, query_port + query_services)
+            ports = [*query_ports, *range(query_port + SHARD_PORT_OFFSET, 65_536)]
         else:
-            ports = _free_ports(1 + sum(sizes) * replicas)
+            ports = _free_ports(query_services + sum(sizes) * replicas)
         addresses = (f"{HOST}:{port}" for port in ports)
-        self.query_address = next(addresses)
+        self.query_addresses = tuple(itertools.islice(addresses, query_services))
         self.layouts: tuple[Layout, ...] = tuple(
             tuple(tuple(itertools.islice(addresses, replicas)) for _ in range(size)) for size in sizes
         )
@@ -153,6 +158,11 @@ class LocalStack:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+    @property
+    def query_address(self) -> str:
+        """Of the first query service."""
+        return self.query_addresses[0]
 
     @property
     def shard_addresses(self) -> tuple[str, ...]:
@@ -206,8 +216,11 @@ class LocalStack:
 
     def stop(self) -> None:
         """Ends all: SIGTERM, then SIGKILL after the grace. Callers before those they call, Valkey last."""
-        shards = [name for name in self._specs if name not in (VALKEY, QUERY, ROLLOUT)]
-        for group in ([ROLLOUT], [QUERY], shards, [VALKEY]):
+        queries, shards = (
+            [name for name, spec in self._specs.items() if spec.service == service]
+            for service in (_QUERY_SERVICE, _INDEX_SERVICE)
+        )
+        for group in ([ROLLOUT], queries, shards, [VALKEY]):
             self._end(group)
         self._launcher.shutdown()
         shutil.rmtree(self._socket_folder, ignore_errors=True)
@@ -218,6 +231,17 @@ class LocalStack:
         process = self._processes.pop(name)
         process.kill()
         process.wait()
+
+    def end(self, name: str) -> int:
+        """SIGTERM, then SIGKILL after the grace.
+
+        Returns:
+            The exit code; negative: the number of the signal.
+        """
+        self.pid(name)
+        process = self._processes[name]
+        self._end([name])
+        return process.returncode
 
     def restart(self, name: str) -> None:
         """Starts a process again, after ending it if it runs, at the same address."""
@@ -300,23 +324,26 @@ class LocalStack:
                 for number, addresses in enumerate(layout)
                 for replica, address in enumerate(addresses)
             ),
-            ProcessSpec(
-                QUERY,
-                [*program, "serve", "query"],
-                {
-                    **store,
-                    "TWOTOWER_ADDRESS": self.query_address,
-                    "TWOTOWER_SHARDS": shards,
-                    "REDIS_URL": self.redis_url,
-                    "TWOTOWER_REDIS_URL": self.redis_url,
-                },
-                self.query_address,
-                _QUERY_SERVICE,
+            *(
+                ProcessSpec(
+                    QUERY + (f"-{replica}" if replica else ""),
+                    [*program, "serve", "query"],
+                    {
+                        **store,
+                        "TWOTOWER_ADDRESS": address,
+                        "TWOTOWER_SHARDS": shards,
+                        "REDIS_URL": self.redis_url,
+                        "TWOTOWER_REDIS_URL": self.redis_url,
+                    },
+                    address,
+                    _QUERY_SERVICE,
+                )
+                for replica, address in enumerate(self.query_addresses)
             ),
             ProcessSpec(
                 ROLLOUT,
                 [*program, "rollout"],
-                {**store, "TWOTOWER_SHARDS": shards, "TWOTOWER_QUERY_SERVICES": self.query_address},
+                {**store, "TWOTOWER_SHARDS": shards, "TWOTOWER_QUERY_SERVICES": ",".join(self.query_addresses)},
                 "",
                 "",
             ),

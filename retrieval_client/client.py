@@ -24,7 +24,7 @@ from retrieval_client.answers import (
     status_of,
 )
 from retrieval_client.batches import MAX_CALLS, batches
-from retrieval_client.channel import channel_options
+from retrieval_client.channel import balanced_options, plain_options
 from retrieval_client.errors import RetrievalError, error_of, error_of_batch
 from retrieval_client.filters import Filter
 from retrieval_client.questions import (
@@ -62,7 +62,8 @@ class RetrievalClient:
         """Connects at the first call.
 
         Args:
-            address: `host:port`, `unix:/path`, or `dns:///name:port` for all replicas behind a name, in turn.
+            address: `host:port`, `unix:/path`, or for several replicas, in turn, `dns:///name:port` or
+                `ipv4:host:port,host:port`: those that are not ready, or drain, are left out.
             timeout_s: Deadline of a call that has none of its own.
             num_connections: To each replica, used in turn: one connection keeps to one worker of a service that has
                 several (`--workers`), so give a few times as many as there are workers.
@@ -71,9 +72,10 @@ class RetrievalClient:
             ValueError: `num_connections` is below 1.
         """
         self._timeout_s = timeout_s
-        options = channel_options(num_connections)
+        options = balanced_options(address, num_connections)
         self._channels = [grpc.insecure_channel(address, options=options) for _ in range(num_connections)]
         self._stubs = itertools.cycle([query_service_pb2_grpc.QueryServiceStub(channel) for channel in self._channels])
+        self._status_channel = grpc.insecure_channel(address, options=plain_options())
 
     def retrieve(
         self,
@@ -258,11 +260,12 @@ class RetrievalClient:
         Raises:
             RetrievalError: the service did not answer.
         """
-        return status_of(self._call(self._stub().GetStatus, query_service_pb2.GetStatusRequest(), timeout_s))
+        stub = query_service_pb2_grpc.QueryServiceStub(self._status_channel)
+        return status_of(self._call(stub.GetStatus, query_service_pb2.GetStatusRequest(), timeout_s))
 
     def close(self) -> None:
         """Disconnects."""
-        for channel in self._channels:
+        for channel in (*self._channels, self._status_channel):
             channel.close()
 
     def __enter__(self) -> Self:

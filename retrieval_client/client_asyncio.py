@@ -25,7 +25,7 @@ from retrieval_client.answers import (
     status_of,
 )
 from retrieval_client.batches import MAX_CALLS, batches
-from retrieval_client.channel import channel_options
+from retrieval_client.channel import balanced_options, plain_options
 from retrieval_client.errors import RetrievalError, error_of, error_of_batch
 from retrieval_client.filters import Filter
 from retrieval_client.questions import (
@@ -58,7 +58,8 @@ class AsyncRetrievalClient:
         """Connects at the first call.
 
         Args:
-            address: `host:port`, `unix:/path`, or `dns:///name:port` for all replicas behind a name, in turn.
+            address: `host:port`, `unix:/path`, or for several replicas, in turn, `dns:///name:port` or
+                `ipv4:host:port,host:port`: those that are not ready, or drain, are left out.
             timeout_s: Deadline of a call that has none of its own.
             num_connections: To each replica, used in turn: one connection keeps to one worker of a service that has
                 several (`--workers`), so give a few times as many as there are workers.
@@ -69,9 +70,10 @@ class AsyncRetrievalClient:
         """
         asyncio.get_running_loop()
         self._timeout_s = timeout_s
-        options = channel_options(num_connections)
+        options = balanced_options(address, num_connections)
         self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(num_connections)]
         self._stubs = itertools.cycle([query_service_pb2_grpc.QueryServiceStub(channel) for channel in self._channels])
+        self._status_channel = grpc.aio.insecure_channel(address, options=plain_options())
 
     async def retrieve(
         self,
@@ -267,11 +269,12 @@ class AsyncRetrievalClient:
         Raises:
             RetrievalError: the service did not answer.
         """
-        return status_of(await self._call(self._stub().GetStatus, query_service_pb2.GetStatusRequest(), timeout_s))
+        stub = query_service_pb2_grpc.QueryServiceStub(self._status_channel)
+        return status_of(await self._call(stub.GetStatus, query_service_pb2.GetStatusRequest(), timeout_s))
 
     async def close(self) -> None:
         """Disconnects."""
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        await asyncio.gather(*(channel.close() for channel in (*self._channels, self._status_channel)))
 
     async def __aenter__(self) -> Self:
         return self

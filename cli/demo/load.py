@@ -36,7 +36,13 @@ SCHEMA = pa.schema(
 
 
 async def call_until_stopped(
-    address: str, queries: list[dict[str, Any]], k: int, num_clients: int, rate_per_s: float, limit_s: float
+    address: str,
+    queries: list[dict[str, Any]],
+    k: int,
+    num_clients: int,
+    num_connections: int,
+    rate_per_s: float,
+    limit_s: float,
 ) -> pa.Table:
     """Calls `Retrieve` with random queries, at a fixed rate, until SIGTERM, SIGINT or the time limit.
 
@@ -60,7 +66,7 @@ async def call_until_stopped(
             rows.append(await _call(client, queries[query], query, k))
             next_s = max(next_s + pause_s, time.monotonic())
 
-    async with AsyncRetrievalClient(address) as client:
+    async with AsyncRetrievalClient(address, num_connections=num_connections) as client:
         await asyncio.gather(*(keep_calling(client, seed) for seed in range(num_clients)))
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
@@ -92,6 +98,7 @@ def main() -> None:
     parser.add_argument("answers", type=Path, help="Parquet file to write")
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--connections", type=int, default=1, help="to each replica, used in turn")
     parser.add_argument("--rate", type=float, default=200.0, help="calls a second, all clients together")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which it ends by itself")
     options = parser.parse_args()
@@ -99,7 +106,15 @@ def main() -> None:
     gc.disable()
     queries = json.loads(options.queries.read_text())
     answers = asyncio.run(
-        call_until_stopped(options.address, queries, options.k, options.clients, options.rate, options.limit)
+        call_until_stopped(
+            options.address,
+            queries,
+            options.k,
+            options.clients,
+            options.connections,
+            options.rate,
+            options.limit,
+        )
     )
     partial = options.answers.with_suffix(".partial")
     pq.write_table(answers, partial)

@@ -249,13 +249,14 @@ def _swap_under_load(
 
 
 @contextmanager
-def clients_calling(address: str, queries: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[Path]:
+def clients_calling(address: str, queries: Sequence[Mapping[str, Any]], folder: Path, *options: str) -> Iterator[Path]:
     """Runs the load generator; yields the path of its answers, which are there when the block has ended."""
     queries_path, answers_path = folder / "load" / "queries.json", folder / "load" / "answers.parquet"
     queries_path.parent.mkdir(parents=True, exist_ok=True)
     answers_path.unlink(missing_ok=True)
     queries_path.write_text(json.dumps(list(queries)))
     command = [sys.executable, "-m", "cli.demo.load", address, str(queries_path), str(answers_path), "--k", str(K)]
+    command += options
     process = subprocess.Popen(command)
     try:
         yield answers_path

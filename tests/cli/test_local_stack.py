@@ -51,7 +51,13 @@ def test_fixed_ports(tmp_path: Path) -> None:
 
 def test_replicas_and_a_second_layout_have_names_and_ports_of_their_own(tmp_path: Path) -> None:
     stack = LocalStack(
-        store=str(tmp_path), folder=tmp_path, num_shards=1, next_num_shards=2, replicas=2, query_port=50051
+        store=str(tmp_path),
+        folder=tmp_path,
+        num_shards=1,
+        next_num_shards=2,
+        replicas=2,
+        query_services=2,
+        query_port=50051,
     )
     addresses = [f"127.0.0.1:{port}" for port in range(50061, 50067)]
     assert stack.names == (
@@ -63,8 +69,10 @@ def test_replicas_and_a_second_layout_have_names_and_ports_of_their_own(tmp_path
         "shard-1-of-2",
         "shard-1-of-2-replica-1",
         "query",
+        "query-1",
         "rollout",
     )
+    assert stack.query_addresses == ("127.0.0.1:50051", "127.0.0.1:50052")
     assert [stack.address(name) for name in stack.names[1:7]] == addresses
     a, b, c, d, e, f = addresses
     assert stack.layouts == (((a, b),), ((c, d), (e, f)))
@@ -79,6 +87,7 @@ def test_replicas_and_a_second_layout_have_names_and_ports_of_their_own(tmp_path
             {"num_shards": 20, "next_num_shards": 30, "replicas": 2},
             "shards = 20 and 30 with replicas = 2: .* at most 64",
         ),
+        ({"query_services": 0}, "query services = 0: give 1 to 10"),
         ({"next_num_shards": 2}, "next shards = 2: there are as many already"),
         ({"query_port": 65_535}, "port = 65535: give a port up to 65461"),
     ],

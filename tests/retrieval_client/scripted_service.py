@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from retrieval.query.v1 import query_service_pb2, query_service_pb2_grpc
 
 Script = Callable[[Any, grpc.ServicerContext], Any]
@@ -35,8 +36,16 @@ class ScriptedService(query_service_pb2_grpc.QueryServiceServicer):
         self._threads = ThreadPoolExecutor(8)
         self._server = grpc.server(self._threads, options=(("grpc.so_reuseport", 0),))
         query_service_pb2_grpc.add_QueryServiceServicer_to_server(self, self._server)
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.set_ready(True)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         self._server.start()
+
+    def set_ready(self, is_ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        service = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
+        self._health.set(service, status.SERVING if is_ready else status.NOT_SERVING)
 
     def stop(self) -> None:
         self._server.stop(None).wait()

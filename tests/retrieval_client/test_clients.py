@@ -202,6 +202,32 @@ def test_connections_of_one_client_are_used_in_turn() -> None:
         RetrievalClient("127.0.0.1:1", num_connections=0)
 
 
+def test_of_several_replicas_only_those_that_are_ready_are_asked(call: Callable[..., Any]) -> None:
+    def answering(number: int) -> Callable[..., Any]:
+        def answer(request: Any, context: grpc.ServicerContext) -> Any:
+            if isinstance(request, query_service_pb2.GetStatusRequest):
+                return query_service_pb2.GetStatusResponse()
+            return query_service_pb2.RetrieveResponse(checkpoint_version=number)
+
+        return answer
+
+    def answered(times: int = 6) -> set[int]:
+        return {call(address, "retrieve", {}).checkpoint_version for _ in range(times)}
+
+    with ScriptedService(answering(1)) as first, ScriptedService(answering(2)) as second:
+        address = f"ipv4:{first.address},{second.address}"
+        first.set_ready(True)
+        second.set_ready(False)
+        assert answered() == {1}
+        first.set_ready(False)
+        with pytest.raises(UnavailableError):
+            answered()
+        # How they are is asked of any, ready or not.
+        assert call(address, "get_status").live_version is None
+        second.set_ready(True)
+        assert answered() == {2}
+
+
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
