@@ -58,7 +58,7 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
     limits = Limits(settings.max_k, settings.max_batch_size, max(shards.num_shards))
     traffic = Traffic()
     shadow = Shadow(settings.shadow_share, settings.default_timeout_s)
-    embedder = Embedder(cache, offload)
+    embedder = Embedder(cache, offload, settings.cache_entries, settings.cache_bypass)
     retriever = Retriever(versions, embedder, shards, offload, traffic, shadow, limits, settings.max_micro_batch)
     explainer = Explainer(versions, embedder, shards, limits)
     server = RpcServer(
@@ -75,6 +75,7 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
         versions,
         shards,
         cache,
+        embedder,
         traffic,
         shadow,
         settings.default_timeout_s,
