@@ -17,7 +17,6 @@ from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -41,6 +40,7 @@ from towers.catalogue_columns import ITEM_ID
 from towers.checkpoint import CheckpointStore, Manifest
 from towers.errors import ConflictError, CorruptArtefactError, InvalidInputError, TwoTowerError
 from towers.parent import end_with_parent, message_stream
+from towers.placement import hashes_of
 from towers.store import Store
 from towers.tower import Tower
 
@@ -304,8 +304,7 @@ def _of_checkpoint(store: Store, version: int) -> tuple[Manifest, Tower, NDArray
 
 
 def _in_order_of_hash(embedded: EmbeddedItems) -> tuple[EmbeddedItems, NDArray[np.uint64]]:
-    ids = embedded.items.column(ITEM_ID).to_pylist()
-    hashes = np.fromiter((xxhash.xxh3_64_intdigest(item_id.encode()) for item_id in ids), np.uint64, count=len(ids))
+    hashes = hashes_of(embedded.items.column(ITEM_ID).to_pylist())
     order = np.argsort(hashes, kind="stable")
     in_order = EmbeddedItems(embedded.items.take(pa.array(order)), embedded.embeddings[order], embedded.quarantined)
     return in_order, hashes[order]

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from index_service.ann import AnnIndex, exact_index, vectors_of
 from index_service.attributes import Attributes
 from index_service.filters import Condition
-from index_service.item_ids import ItemIds, hashes_of
+from index_service.item_ids import ItemIds
 from index_service.plan import EXACT, IndexPlan
 from index_service.row_set import RowSet
 from towers.catalogue_columns import ITEM_ID
+from towers.placement import hashes_of
 
 _EXACT_PLAN = IndexPlan(index_type=EXACT, settings=())
 _LEAST_IN_LISTS = 10_000

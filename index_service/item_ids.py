@@ -3,16 +3,16 @@
 Deliberately does not know what the rows hold.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 from numpy.typing import NDArray
 
 from index_service.row_set import distinct, joined_ranges
+from towers.placement import hashes_of
 
 
 class WantedIds:
@@ -93,11 +93,6 @@ class ItemIds:
         packed, sizes = self.packed(rows)
         ends = np.cumsum(sizes).tolist()
         return [packed[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
-
-
-def hashes_of(item_ids: Iterable[str]) -> NDArray[np.uint64]:
-    """xxh3_64 of each id."""
-    return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, map(str.encode, item_ids))), dtype=">u8").astype(np.uint64)
 
 
 _NO_IDS = pa.array([], pa.large_binary())

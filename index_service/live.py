@@ -220,6 +220,7 @@ class LiveIndex:
                 that takes none.
         """
         self.base = base
+        self.tower = tower
         self._loaded_s = time.monotonic()
         self._filterable = base.attributes.filterable
         nothing = Segment.empty(base.manifest.dim, self._filterable)
@@ -232,7 +233,6 @@ class LiveIndex:
             RowSet.everything(0),
             nothing,
         )
-        self._tower = tower
 
     @property
     def catalogue_version(self) -> str:
@@ -350,8 +350,8 @@ class LiveIndex:
         return embed_items(self._required_tower(), items, lambda _: None)
 
     def _required_tower(self) -> Tower:
-        assert self._tower is not None, "an index without a tower takes no items"
-        return self._tower()
+        assert self.tower is not None, "an index without a tower takes no items"
+        return self.tower()
 
     def _embed_alike(self, items: pa.Table, found: "_Found") -> NDArray[np.bool_]:
         """Which items a part has, with the same values in all columns that the tower reads."""

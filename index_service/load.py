@@ -131,7 +131,7 @@ class IndexLoader:
                 async with _renewing(claim):
                     # Whoever held the claim until now may have stored one.
                     if (live := await _in_thread(stored)) is None:
-                        return await self._build(checkpoint_version, catalogue_version, report)
+                        return await self._build(checkpoint_version, catalogue_version, replaced, report)
             return LoadedIndex(live, is_from_store=True)
         finally:
             with suppress(TwoTowerError):  # It grows stale by itself.
@@ -185,7 +185,7 @@ class IndexLoader:
                 changes = self._feed.since(ref.catalogue_version)
                 if changes is None or _is_too_much(changes, manifest):
                     continue
-                return self._loaded(checkpoint, ref, changes, stopped)
+                return self._loaded(checkpoint, ref, changes, replaced, stopped)
             except CorruptArtefactError as error:
                 if isinstance(error, CorruptCheckpointError):
                     raise
@@ -194,7 +194,11 @@ class IndexLoader:
         return None
 
     async def _build(
-        self, checkpoint_version: int, catalogue_version: str, report: Callable[[float], None]
+        self,
+        checkpoint_version: int,
+        catalogue_version: str,
+        replaced: LoadedIndex | None,
+        report: Callable[[float], None],
     ) -> LoadedIndex:
         report(0.0)
         revision = await asyncio.to_thread(self._next_revision, checkpoint_version, catalogue_version)
@@ -208,7 +212,7 @@ class IndexLoader:
             goal=self._goal,
         )
         build = await _run_builder(order, report)
-        live = await _in_thread(lambda stopped: self._built(order, stopped))
+        live = await _in_thread(lambda stopped: self._built(order, replaced, stopped))
         return LoadedIndex(live, is_from_store=live.base.manifest.build != build)
 
     def _next_revision(self, checkpoint_version: int, catalogue_version: str) -> int:
@@ -226,7 +230,7 @@ class IndexLoader:
         newest = self._artefacts.newest_revision(checkpoint_version, catalogue_version)
         return FIRST_REVISION if newest is None else newest + 1
 
-    def _built(self, order: BuildOrder, stopped: threading.Event) -> LiveIndex:
+    def _built(self, order: BuildOrder, replaced: LoadedIndex | None, stopped: threading.Event) -> LiveIndex:
         checkpoint = self._checkpoint(order.checkpoint_version)
         try:
             # However much changed meanwhile is applied: another build would end no better.
@@ -234,14 +238,21 @@ class IndexLoader:
             if changes is None:
                 raise ConflictError("the catalogue's items were rewritten while the index was built")
             ref = ArtefactRef(order.checkpoint_version, order.catalogue_version, order.revision)
-            return self._loaded(checkpoint, ref, changes, stopped)
+            return self._loaded(checkpoint, ref, changes, replaced, stopped)
         except CorruptArtefactError as error:
             if isinstance(error, CorruptCheckpointError):
                 raise
             # Not the checkpoint's fault: the next attempt refuses it and builds again.
             raise TwoTowerError(f"the index that was just built is refused: {error}") from error
 
-    def _loaded(self, checkpoint: Manifest, ref: ArtefactRef, changes: Changes, stopped: threading.Event) -> LiveIndex:
+    def _loaded(
+        self,
+        checkpoint: Manifest,
+        ref: ArtefactRef,
+        changes: Changes,
+        replaced: LoadedIndex | None,
+        stopped: threading.Event,
+    ) -> LiveIndex:
         manifest = self._artefacts.manifest(ref)
         stored_bytes = sum(file.size_bytes for file in manifest.files.values())
         refuse_beyond(
@@ -251,8 +262,13 @@ class IndexLoader:
         )
         index = ShardIndex(self._artefacts.get(ref, stopped), self._filterable)
         _warm_up(index, self._recorded_queries(checkpoint, index))
-        # The builder has replayed the tower's golden examples; it is loaded here once an item is to be embedded.
-        live = LiveIndex(index, functools.cache(lambda: self._item_tower(checkpoint.version)))
+        if replaced is not None and replaced.manifest.checkpoint_fingerprint == manifest.checkpoint_fingerprint:
+            # To read vocabularies and a graph once more would hold the interpreter from the searches.
+            tower = replaced.live.tower
+        else:
+            # The builder has replayed the tower's golden examples; it is loaded here once an item is to be embedded.
+            tower = functools.cache(lambda: self._item_tower(checkpoint.version))
+        live = LiveIndex(index, tower)
         if changes.catalogue_version != live.catalogue_version:
             live.apply(changes)
         return live

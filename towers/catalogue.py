@@ -10,6 +10,7 @@ common counter: the order between commits is Delta's own commit number.
 Spark or any lakehouse tool may write either table: rewrite `items` at will, append to `changes`.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from towers.errors import (
     InvalidInputError,
     NotFoundError,
 )
-from towers.placement import shard_of
+from towers.placement import hashes_of
 from towers.store import Store
 
 _FOLDER = "catalog"
@@ -293,10 +294,15 @@ class Catalogue:
             NotFoundError: one was removed by a tool that cleans logs.
             CorruptArtefactError: a commit that another tool wrote in a way that the catalogue does not allow.
         """
-        parts: dict[int, list[pa.Table]] = {number: [] for number in numbers}
-        for number, rows in self._changes.appended(numbers):
-            parts[number].append(rows)
-        return [Commit(number, _united(rows) if rows else _NO_CHANGES) for number, rows in parts.items()]
+        appended = self._changes.appended(numbers)
+        changes = _united([rows for _, rows in appended]).combine_chunks()
+        commits: dict[int, pa.Table] = dict.fromkeys(numbers, _NO_CHANGES)
+        first_row = 0
+        for number, files in itertools.groupby(appended, key=lambda file: file[0]):
+            num_rows = sum(rows.num_rows for _, rows in files)
+            commits[number] = changes.slice(first_row, num_rows)
+            first_row += num_rows
+        return [Commit(number, rows) for number, rows in commits.items()]
 
     def num_unfolded(self) -> int:
         """Commits of `changes` since the last compaction: what every reader reads beside the snapshot."""
@@ -398,8 +404,7 @@ def partition(items: pa.Table, shard: int, num_shards: int) -> pa.Table:
     """
     if not 0 <= shard < num_shards:
         raise InvalidInputError(f"shard {shard}/{num_shards}: shards are numbered from 0 to {num_shards - 1}")
-    mask = [shard_of(item_id, num_shards) == shard for item_id in items[ITEM_ID].to_pylist()]
-    return items.filter(pa.array(mask, pa.bool_()))
+    return items.filter(pa.array(hashes_of(items[ITEM_ID].to_pylist()) % num_shards == shard))
 
 
 def last_states(parts: Sequence[pa.Table]) -> tuple[pa.Table, pa.Array]:
@@ -517,12 +522,15 @@ def _united(parts: Sequence[pa.Table]) -> pa.Table:
     """All rows, with all columns in one type each."""
     types: dict[str, pa.DataType] = {field.name: field.type for field in _NO_CHANGES.schema}
     united = [] if parts else [_NO_CHANGES]
-    for part in parts:
+    # Most of thousands of commits have the same columns.
+    for part in (pa.concat_tables(alike) for _, alike in itertools.groupby(parts, key=lambda part: part.schema)):
         columns = {}
         for name, column in zip(part.column_names, part.columns, strict=True):
-            type_ = types.setdefault(name, stored_type(column.type) or column.type)
+            if name not in types:
+                types[name] = stored_type(column.type) or column.type
+            type_ = types[name]
             try:
-                columns[name] = column.cast(type_)
+                columns[name] = column if column.type == type_ else column.cast(type_)
             except pa.ArrowException as error:
                 raise CorruptArtefactError(
                     f"the catalogue's column {name!r} is {type_} in one table and {column.type} in the other"

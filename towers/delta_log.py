@@ -32,6 +32,8 @@ COMPACTED_EDIT = "twotower.compacted_edit"
 _PARALLEL_READS = 8
 _NUM_RECENT = 16
 """Commits that are kept in memory: the newest are looked at several times."""
+_NUM_SIZES = 100_000
+"""Commits whose sizes are kept."""
 
 _CHECKPOINT_INTERVAL = 100
 """Commits between two summaries of the log where the table does not say; Delta's own default."""
@@ -65,6 +67,8 @@ class DeltaLog:
         self._num_commits = 0
         self._last_edit = 0
         self._recent: dict[int, list[dict[str, Any]]] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
+        """Rows and bytes that each commit appended: a follower of the log sizes it without reading it again."""
 
     def open(self, number: int | None = None) -> DeltaTable | None:
         """The table after a commit, the last one when left out; None when there is no table."""
@@ -238,14 +242,9 @@ class DeltaLog:
     def appended_size(self, numbers: Sequence[int]) -> tuple[int, int]:
         """How many rows commits appended, as far as their writers said, and the size in bytes of the files."""
         with ThreadPoolExecutor(_PARALLEL_READS) as readers:
-            added = [
-                action["add"]
-                for actions in readers.map(self._actions, numbers)
-                for action in actions or ()
-                if action.get("add", {}).get("dataChange")
-            ]
-        num_rows = sum(json.loads(file.get("stats") or "{}").get("numRecords", 0) for file in added)
-        return num_rows, sum(file["size"] for file in added)
+            list(readers.map(self._actions, [number for number in numbers if number not in self._sizes]))
+        sizes = [self._sizes.get(number, (0, 0)) for number in numbers]
+        return sum(num_rows for num_rows, _ in sizes), sum(size_bytes for _, size_bytes in sizes)
 
     def _appended(self, number: int) -> list[pa.Table]:
         actions = self._actions(number)
@@ -267,7 +266,8 @@ class DeltaLog:
     def _rows(self, file: str) -> pa.Table:
         try:
             content = self._store.get(f"{self._path}/{file}")
-            return pq.read_table(pa.BufferReader(content))
+            # A fourth of what `read_table` costs a small file.
+            return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
         except NotFoundError as error:
             raise NotFoundError(
                 f"{self._path}/{file} was removed before a compaction had folded it; "
@@ -290,6 +290,8 @@ class DeltaLog:
             actions = [json.loads(line) for line in content.splitlines() if line.strip()]
         except ValueError as error:
             raise CorruptArtefactError(f"{path} is not a Delta commit: {error}") from error
+        self._sizes[number] = _appended_size(actions)
+        self._sizes.pop(number - _NUM_SIZES, None)
         self._recent[number] = actions
         self._recent.pop(number - _NUM_RECENT, None)
         return actions
@@ -329,6 +331,13 @@ class _Shape:
             and not any(field.metadata for field in schema)
         )
         return cls(schema, is_plain, int(metadata.configuration.get("delta.checkpointInterval", _CHECKPOINT_INTERVAL)))
+
+
+def _appended_size(actions: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Rows that a commit appended, as far as its writer said, and the size in bytes of their files."""
+    files = [action["add"] for action in actions if action.get("add", {}).get("dataChange")]
+    num_rows = sum(json.loads(file.get("stats") or "{}").get("numRecords", 0) for file in files)
+    return num_rows, sum(file["size"] for file in files)
 
 
 def _edit(actions: Sequence[dict[str, Any]], number: int) -> int | None:

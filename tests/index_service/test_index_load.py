@@ -48,6 +48,20 @@ def test_what_is_stored_is_not_built(world):
     assert_exact(loaded, model)
 
 
+def test_a_successor_takes_the_item_tower_over(world):
+    catalogue_version = world.load_items()
+    world.publish()
+    world.build(1, catalogue_version)
+    first, _ = load(world, catalogue_version)
+    tower = first.live.tower()
+    catalogue_version = world.load_items(toy_items(40).slice(30))
+    world.build(1, catalogue_version)
+    second, progress = load(world, catalogue_version, replaced=first)
+    assert progress == []
+    assert second.live.base is not first.live.base
+    assert second.live.tower() is tower
+
+
 @pytest.mark.parametrize("damage", ["bit", "missing", "other checkpoint", "other settings"])
 def test_a_stored_index_that_cannot_be_trusted_is_refused_and_replaced(world, damage, caplog):
     model = toy_model()

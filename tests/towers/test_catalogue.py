@@ -743,3 +743,37 @@ def test_the_size_of_a_state_is_known_without_reading_an_item(store_url: str) ->
     assert 100 < catalogue.size(newest).stored_bytes < before.stored_bytes
     with pytest.raises(NotFoundError):
         catalogue.size("9.9")
+
+
+def test_who_follows_the_log_knows_its_size_without_reading_it_again(folder_url: str) -> None:
+    writer = Catalogue(Store(folder_url))
+    first = writer.upsert(toy_items(3)).catalogue_version
+    for _ in range(30):
+        writer.upsert(toy_items(3))
+    store = CountingStore(folder_url)
+    reader = Catalogue(store)
+    span = reader.commits_since(first)
+    assert span is not None
+    reader.commits(span.numbers)
+    expected = writer.size(span.version)
+    store.num_gets = 0
+    assert reader.size(span.version) == expected
+    assert store.num_gets < 10
+
+
+def test_commits_read_together_are_those_read_one_by_one(folder_url: str) -> None:
+    catalogue = Catalogue(Store(folder_url))
+    catalogue.upsert(pa.table({"item_id": ["a", "b"], "price": [1.0, 2.0]}))
+    catalogue.delete(["a"])
+    catalogue.compact()
+    catalogue.upsert(pa.table({"item_id": ["c"], "year": [1999]}))
+    for number in range(10):
+        catalogue.upsert(pa.table({"item_id": [f"{number}", "d"], "price": [1.5, number / 2]}))
+    numbers = range(1, 14)
+    together = catalogue.commits(numbers)
+    assert [commit.number for commit in together] == list(numbers)
+    for commit in together:
+        (alone,) = catalogue.commits([commit.number])
+        assert commit.rows.select(alone.rows.column_names).equals(alone.rows)
+        others = set(commit.rows.column_names) - set(alone.rows.column_names)
+        assert all(commit.rows[name].null_count == commit.rows.num_rows for name in others)
