@@ -9,6 +9,7 @@ The layout, below `indexes/<checkpoint_version>/<shard>-of-<num_shards>/<catalog
     <build>/vectors.f32         [N, D] little-endian float32, the exact vectors
     <build>/items.arrow         ids and attributes (Arrow IPC file), row i is vector i of the index
     <build>/item_hashes.u64     little-endian uint64, xxh3_64 of each item id, in the order of the rows
+    <build>/delta-<catalogue_version>.arrow    what changed since, see `index_service.saved_delta`
     ../claim/<number>           held by the replica that builds, see `index_service.claim`
 
 Every build writes into a folder of its own, so two builders never mix files; of two that finish together the manifest
@@ -266,7 +267,7 @@ class ArtefactStore:
             CorruptArtefactError: a file is missing, differs from its digests, or belongs elsewhere.
         """
         manifest = self.manifest(ref)
-        folder = f"{self._folder(ref.checkpoint_version, ref.catalogue_version)}/{manifest.build}"
+        folder = self.folder(manifest)
         sizes = self._store.files(folder)
         for file, stored in manifest.files.items():
             path = f"{folder}/{file}"
@@ -286,7 +287,7 @@ class ArtefactStore:
             CorruptArtefactError: it is missing, differs from its digests, or does not load.
         """
         manifest = self.manifest(ref)
-        folder = f"{self._folder(ref.checkpoint_version, ref.catalogue_version)}/{manifest.build}"
+        folder = self.folder(manifest)
         try:
             return _ChunkReader(self._store, folder, manifest.files, threading.Event()).read_index(INDEX)
         except (RuntimeError, KeyError) as error:
@@ -364,6 +365,10 @@ class ArtefactStore:
         base = None if manifest.index_type == EXACT else chunks.read_index(INDEX)
         table = pa.ipc.open_file(pa.py_buffer(items)).read_all()
         return LoadedArtefact(manifest, AnnIndex(manifest.plan, base, exact), table, hashes)
+
+    def folder(self, manifest: ArtefactManifest) -> str:
+        """Where the files of a stored index are."""
+        return f"{self._folder(manifest.checkpoint_version, manifest.catalogue_version)}/{manifest.build}"
 
     def _parent(self, checkpoint_version: int) -> str:
         return f"{FOLDER}/{checkpoint_version}/{self._shard}-of-{self._num_shards}"

@@ -5,7 +5,7 @@ out of an old one, so a view that a request holds stays as it is.
 """
 
 from collections.abc import Collection, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import faiss
@@ -161,6 +161,13 @@ class PatchStack:
     def rows(self) -> NDArray[np.int64]:
         """All rows with new attributes, rising."""
         return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *(level.rows for level in self.levels)]))
+
+    def merged(self, alive: RowSet) -> Patches:
+        """One for all, without rows that are not alive."""
+        nothing = Patches(np.empty(0, dtype=np.int64), pa.table({ITEM_ID: pa.array([], pa.string())}), ())
+        merged = reduce(Patches.under, self.levels, nothing)
+        kept = alive.contains(merged.rows)
+        return Patches(merged.rows[kept], merged.items.filter(pa.array(kept)), merged.attributes.filterable)
 
     def on_top(self, patches: Patches) -> "PatchStack":
         """With newer patches."""

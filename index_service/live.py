@@ -23,6 +23,7 @@ from index_service.filters import Condition
 from index_service.item_ids import WantedIds
 from index_service.planner import search_allowed
 from index_service.row_set import RowSet
+from index_service.saved_delta import SavedDelta
 from index_service.shard import Hits, ShardIndex
 from towers.catalogue_columns import ITEM_ID
 from towers.errors import InvalidInputError
@@ -35,8 +36,11 @@ _MOST_SCANNED = 8192
 _TYPICAL_K = 100
 _SMALLEST_REBUILD = 10_000
 """Changed items below which a rebuild is not worth its process."""
-_MOST_COMMITS = 20_000
-"""That a restart reads to catch up: seconds, however few items they changed."""
+_MOST_UNSAVED_COMMITS = 1_000
+_LEAST_UNSAVED = 10_000
+_UNSAVED_SHARE = 0.5
+"""A delta is saved after so many commits, or when so many changes, and this share of it, came since the last time: a
+restart then takes seconds, and all saves together write a few times what changed."""
 _REBUILD_PAUSE_S = 120.0
 """From one index to its successor: under a storm of changes one build would follow another, and win nothing, because
 what is sealed is searched as fast as what is built."""
@@ -61,7 +65,9 @@ class LiveView:
     quarantined: Mapping[str, str] = field(default_factory=dict)
     """Items that an update could not embed, each with the reason."""
     num_commits: int = 0
-    """Of the catalogue's log, between the built index and this state."""
+    """Of the catalogue's log, applied since the index was loaded."""
+    num_changes: int = 0
+    """Upserts and deletes, applied since the index was loaded."""
 
     @property
     def checkpoint_version(self) -> int:
@@ -105,6 +111,23 @@ class LiveView:
         patches = (level.attributes for level in self.patches.levels)
         parts = (self.base.attributes, *patches, self.sealed.attributes, self.newest.attributes)
         return tuple(dict.fromkeys(name for attributes in parts for name in attributes.names))
+
+    def to_save(self) -> SavedDelta:
+        """What differs from the built index."""
+        parts = ((self.sealed, self.sealed_alive.rows), (self.newest, np.arange(self.newest.num_items)))
+        items = [segment.items.take(pa.array(rows)) for segment, rows in parts]
+        # FAISS gathers without holding the interpreter.
+        embeddings = [segment.ann.exact.reconstruct_batch(rows) for segment, rows in parts]
+        patches = self.patches.merged(self.alive)
+        return SavedDelta(
+            catalogue_version=self.catalogue_version,
+            alive=self.alive,
+            patched_rows=patches.rows,
+            patched_items=patches.items,
+            items=pa.concat_tables(items, promote_options="default"),
+            embeddings=np.concatenate(embeddings),
+            quarantined=self.quarantined,
+        )
 
     def search(
         self,
@@ -211,13 +234,14 @@ class LiveView:
 class LiveIndex:
     """A checkpoint version that takes changes. `view` may be read by any thread; one at a time applies changes."""
 
-    def __init__(self, base: ShardIndex, tower: Callable[[], Tower] | None) -> None:
-        """Starts at the state of the catalogue that the index was built from.
+    def __init__(self, base: ShardIndex, tower: Callable[[], Tower] | None, delta: SavedDelta | None = None) -> None:
+        """Starts at the state of the catalogue that the index was built from, or that a delta leads to.
 
         Args:
             base: The built index.
             tower: Gives the item tower of the same checkpoint; asked only when items are upserted. None for an index
                 that takes none.
+            delta: What was saved beside this very index.
         """
         self.base = base
         self.tower = tower
@@ -233,6 +257,9 @@ class LiveIndex:
             RowSet.everything(0),
             nothing,
         )
+        if delta is not None:
+            self.view = self._settled(self._with(delta))
+        self._num_saved_commits = self._num_saved_changes = 0
 
     @property
     def catalogue_version(self) -> str:
@@ -280,10 +307,22 @@ class LiveIndex:
         """
         if time.monotonic() < self._loaded_s + _REBUILD_PAUSE_S:
             return False
-        if self.view.num_commits >= _MOST_COMMITS:
-            return True
         num_changed = max(self.view.num_new_items, self.view.num_tombstones)
         return num_changed >= max(share * self.base.num_items, _SMALLEST_REBUILD)
+
+    def is_worth_saving(self) -> bool:
+        """Whether a restart would have much to read or to embed again."""
+        num_changes = self.view.num_changes - self._num_saved_changes
+        num_commits = self.view.num_commits - self._num_saved_commits
+        enough = max(_LEAST_UNSAVED, _UNSAVED_SHARE * (self.num_delta_items + self.num_tombstones))
+        return num_changes >= enough or num_commits >= _MOST_UNSAVED_COMMITS
+
+    def to_save(self) -> SavedDelta:
+        """The delta now, which counts as saved. Blocks; changes may be applied meanwhile."""
+        view = self.view
+        # Where it cannot be kept, the next one will be: a store that is down is not asked at each update.
+        self._num_saved_commits, self._num_saved_changes = view.num_commits, view.num_changes
+        return view.to_save()
 
     def apply(self, changes: Changes) -> None:
         """Makes the next state visible, as a whole. Blocks while items are embedded.
@@ -296,9 +335,14 @@ class LiveIndex:
         """
         view = self.view
         upserts = changes.upserts
-        num_commits = view.num_commits + changes.num_commits
+        view = replace(
+            view,
+            catalogue_version=changes.catalogue_version,
+            num_commits=view.num_commits + changes.num_commits,
+            num_changes=view.num_changes + upserts.num_rows + len(changes.deleted_ids),
+        )
         if upserts.num_rows == 0 and not changes.deleted_ids:
-            self.view = replace(view, catalogue_version=changes.catalogue_version, num_commits=num_commits)
+            self.view = view
             return
         base, sealed_part, newest = view.base, view.sealed, view.newest
         ids: list[str] = upserts[ITEM_ID].to_pylist()
@@ -324,25 +368,41 @@ class LiveIndex:
         if len(patched_rows):
             patches = patches.on_top(Patches(patched_rows, upserts.filter(pa.array(keeps[0])), self._filterable))
         alive = _without(view.alive, np.setdiff1d(in_base, patched_rows))
-        sealed_alive = _without(view.sealed_alive, in_sealed)
-        if newest.num_items > _MOST_SCANNED:
-            sealed_part = sealed(base.ann, sealed_part, sealed_alive, newest)
-            sealed_alive = RowSet.everything(sealed_part.num_items)
-            newest = Segment.empty(view.dim, self._filterable)
-        following = replace(
-            view,
-            catalogue_version=changes.catalogue_version,
-            alive=alive,
-            patches=patches,
-            sealed=sealed_part,
-            sealed_alive=sealed_alive,
-            newest=newest,
-            quarantined={**_others(view.quarantined, changed_ids), **embedded.quarantined},
-            num_commits=num_commits,
+        self.view = self._settled(
+            replace(
+                view,
+                alive=alive,
+                patches=patches,
+                sealed_alive=_without(view.sealed_alive, in_sealed),
+                newest=newest,
+                quarantined={**_others(view.quarantined, changed_ids), **embedded.quarantined},
+            )
         )
+
+    def _with(self, delta: SavedDelta) -> LiveView:
+        patches = Patches(delta.patched_rows, delta.patched_items, self._filterable)
+        return replace(
+            self.view,
+            catalogue_version=delta.catalogue_version,
+            alive=delta.alive,
+            patches=PatchStack().on_top(patches) if len(patches.rows) else PatchStack(),
+            newest=Segment.of(delta.items, delta.embeddings, self._filterable),
+            quarantined=delta.quarantined,
+        )
+
+    def _settled(self, view: LiveView) -> LiveView:
+        """A view that can be searched: many new items are sealed, and what its searches share is made."""
+        if view.newest.num_items > _MOST_SCANNED:
+            sealed_part = sealed(self.base.ann, view.sealed, view.sealed_alive, view.newest)
+            view = replace(
+                view,
+                sealed=sealed_part,
+                sealed_alive=RowSet.everything(sealed_part.num_items),
+                newest=Segment.empty(view.dim, self._filterable),
+            )
         # The first search of a view makes what the others reuse: counts of what is alive in each list.
-        following.search(np.eye(1, view.dim, dtype=np.float32), _TYPICAL_K)
-        self.view = following
+        view.search(np.eye(1, view.dim, dtype=np.float32), _TYPICAL_K)
+        return view
 
     def _embedded(self, items: pa.Table) -> EmbeddedItems:
         if items.num_rows == 0:

@@ -37,6 +37,7 @@ from index_service.live import LiveIndex
 from index_service.memory import build_bytes, load_bytes, memory_available, refuse_beyond, tower_bytes
 from index_service.order import BuildMessage, BuildOrder, CorruptCheckpointError
 from index_service.plan import TuningGoal
+from index_service.saved_delta import SavedDelta, newest_delta, put_delta
 from index_service.shard import ShardIndex
 from towers.catalogue import Catalogue
 from towers.checkpoint import TOWER_FILES, CheckpointStore, Manifest
@@ -156,6 +157,15 @@ class IndexLoader:
 
         return await _in_thread(apply)
 
+    async def save_delta(self, loaded: LoadedIndex) -> None:
+        """Keeps what changed since an index was built beside it, for restarts and for other replicas.
+
+        Raises:
+            TwoTowerError: it is not kept.
+        """
+        folder = self._artefacts.folder(loaded.manifest)
+        await asyncio.to_thread(lambda: put_delta(self._store, folder, loaded.live.to_save()))
+
     async def prune(self, checkpoint_version: int, created_before: datetime) -> None:
         """Deletes this checkpoint's stored indexes that are older than a moment."""
         await asyncio.to_thread(self._artefacts.prune, checkpoint_version, created_before)
@@ -182,10 +192,11 @@ class IndexLoader:
                 if replaced is not None and manifest.created <= replaced.manifest.created:
                     continue
                 self._check_fits(checkpoint, manifest)
-                changes = self._feed.since(ref.catalogue_version)
+                delta = newest_delta(self._store, self._artefacts.folder(manifest))
+                changes = self._feed.since(ref.catalogue_version if delta is None else delta.catalogue_version)
                 if changes is None or _is_too_much(changes, manifest):
                     continue
-                return self._loaded(checkpoint, ref, changes, replaced, stopped)
+                return self._loaded(checkpoint, ref, delta, changes, replaced, stopped)
             except CorruptArtefactError as error:
                 if isinstance(error, CorruptCheckpointError):
                     raise
@@ -238,7 +249,7 @@ class IndexLoader:
             if changes is None:
                 raise ConflictError("the catalogue's items were rewritten while the index was built")
             ref = ArtefactRef(order.checkpoint_version, order.catalogue_version, order.revision)
-            return self._loaded(checkpoint, ref, changes, replaced, stopped)
+            return self._loaded(checkpoint, ref, None, changes, replaced, stopped)
         except CorruptArtefactError as error:
             if isinstance(error, CorruptCheckpointError):
                 raise
@@ -249,12 +260,13 @@ class IndexLoader:
         self,
         checkpoint: Manifest,
         ref: ArtefactRef,
+        delta: SavedDelta | None,
         changes: Changes,
         replaced: LoadedIndex | None,
         stopped: threading.Event,
     ) -> LiveIndex:
         manifest = self._artefacts.manifest(ref)
-        stored_bytes = sum(file.size_bytes for file in manifest.files.values())
+        stored_bytes = manifest.size_bytes + (0 if delta is None else delta.size_bytes)
         refuse_beyond(
             load_bytes(stored_bytes, _tower_bytes(checkpoint)),
             memory_available(),
@@ -268,7 +280,7 @@ class IndexLoader:
         else:
             # The builder has replayed the tower's golden examples; it is loaded here once an item is to be embedded.
             tower = functools.cache(lambda: self._item_tower(checkpoint.version))
-        live = LiveIndex(index, tower)
+        live = LiveIndex(index, tower, delta)
         if changes.catalogue_version != live.catalogue_version:
             live.apply(changes)
         return live

@@ -77,6 +77,9 @@ class Loader(Protocol):
     async def catch_up(self, loaded: LoadedIndex) -> bool:
         """Applies what has changed in the catalogue; false when the index is to be replaced instead."""
 
+    async def save_delta(self, loaded: LoadedIndex) -> None:
+        """Keeps what changed since an index was built, for the next load."""
+
     async def prune(self, checkpoint_version: int, created_before: datetime) -> None:
         """Deletes a checkpoint's stored indexes that are older than a moment."""
 
@@ -178,6 +181,7 @@ class Versions:
         self._load: tuple[_Version, asyncio.Task[None]] | None = None
         self._changed = asyncio.Event()
         self._catalogue_changed = asyncio.Event()
+        self._updated = asyncio.Event()
 
     @property
     def _wanted(self) -> tuple[int, ...]:
@@ -245,6 +249,7 @@ class Versions:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._keep_loading())
                 group.create_task(self._keep_up())
+                group.create_task(self._keep_saving())
         finally:
             if self._load is not None:
                 self._load[1].cancel()
@@ -373,8 +378,26 @@ class Versions:
                     return
         version.caught_up_with = known
         version.updates.succeed()
+        self._updated.set()
         if self._is_outdated(version):
             self._changed.set()
+
+    async def _keep_saving(self) -> None:
+        while True:
+            await self._updated.wait()
+            self._updated.clear()
+            for version in list(self._versions.values()):
+                resident = version.resident
+                if resident is None or resident.loaded is None or not resident.loaded.live.is_worth_saving():
+                    continue
+                with self._holding(version, resident):
+                    try:
+                        await self._loader.save_delta(resident.loaded)
+                    except Exception as error:  # It is worth no answer.
+                        exc_info = None if isinstance(error, TwoTowerError) else error
+                        _log.warning(
+                            "checkpoint %d: a restart will take longer: %s", version.version, error, exc_info=exc_info
+                        )
 
     def _unload_if_done(self, version: _Version) -> None:
         resident = version.resident

@@ -97,6 +97,53 @@ def test_a_stored_index_that_cannot_be_trusted_is_refused_and_replaced(world, da
     assert load(world, catalogue_version, goal=goal)[0].is_from_store
 
 
+@pytest.mark.parametrize("damage", [None, "bit", "cut", "format"])
+def test_a_saved_delta_spares_the_log_and_one_that_cannot_be_trusted_is_left_out(world, damage, caplog, monkeypatch):
+    model = toy_model()
+    first = world.load_items(toy_items(30))
+    world.publish(model)
+    world.build(1, first)
+    newest = world.load_items(toy_items(40).slice(25))
+    loader = IndexLoader(world.store, 0, 1, DEFAULT)
+    if damage == "format":
+        monkeypatch.setattr("index_service.saved_delta._FORMAT", 0)
+    asyncio.run(loader.save_delta(load(world, newest)[0]))
+    monkeypatch.undo()
+    (path,) = [path for path in world.store.files("indexes") if "/delta-" in path]
+    content = bytearray(world.store.get(path))
+    if damage == "bit":
+        content[len(content) // 2] ^= 4
+    elif damage == "cut":
+        del content[-5:]
+    world.store.delete(path)
+    world.store.put_new(path, bytes(content))
+    if damage is None:
+        for file in world.store.files("catalog/changes"):
+            if file.endswith(".parquet"):
+                world.store.delete(file)
+    loaded, progress = load(world, newest)
+    assert progress == []
+    assert loaded.live.catalogue_version == newest
+    assert_exact(loaded, model, model.item_ids[:40])
+    assert ("more of the change log is read" in caplog.text) == (damage is not None)
+
+
+def test_the_last_deltas_are_kept(world):
+    first = world.load_items(toy_items(30))
+    world.publish()
+    world.build(1, first)
+    loader = IndexLoader(world.store, 0, 1, DEFAULT)
+    loaded, _ = load(world, first)
+    states = []
+    for number in range(31, 36):
+        states.append(world.load_items(toy_items(50).slice(number, 1)))
+        assert asyncio.run(loader.catch_up(loaded))
+        asyncio.run(loader.save_delta(loaded))
+        asyncio.run(loader.save_delta(loaded))  # As another replica does.
+    names = [path.rsplit("/", 1)[-1] for path in world.store.files("indexes") if "/delta-" in path]
+    assert sorted(names) == [f"delta-{state}.arrow" for state in states[-2:]]
+
+
 def test_failures_say_whose_fault_they_are(world):
     catalogue_version = world.load_items()
     with pytest.raises(NotFoundError, match="checkpoint 1 is not published"):

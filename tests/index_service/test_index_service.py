@@ -27,6 +27,9 @@ class OneIndexLoader:
     async def catch_up(self, loaded):
         return True
 
+    async def save_delta(self, loaded):
+        raise AssertionError("nothing here is worth saving")
+
     async def prune(self, checkpoint_version, created_before):
         raise AssertionError("nothing is replaced here")
 

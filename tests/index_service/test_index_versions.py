@@ -36,6 +36,10 @@ class ControlledLoader:
         """States of the catalogue from which no changes lead on."""
         self.may_catch_up = asyncio.Event()
         self.may_catch_up.set()
+        self.saved = []
+        self.save_error = None
+        self.may_save = asyncio.Event()
+        self.may_save.set()
         self.num_resident = self.most_resident = 0
 
     async def load(self, checkpoint_version, catalogue_version, replaced, report):
@@ -71,6 +75,12 @@ class ControlledLoader:
         if self.catalogue_version is not None:
             loaded.live.apply(Changes(self.catalogue_version, pa.table({"item_id": pa.array([], pa.string())}), ()))
         return True
+
+    async def save_delta(self, loaded):
+        self.saved.append(loaded.live.catalogue_version)
+        await self.may_save.wait()
+        if self.save_error:
+            raise self.save_error
 
     async def prune(self, checkpoint_version, created_before):
         if self.prune_error:
@@ -333,6 +343,38 @@ def test_changes_are_taken_up_between_requests_by_all_versions():
                 assert old.catalogue_version == "0.1"
             assert [held(versions, version) for version in (1, 2)] == bases
             assert loader.asked.empty()
+
+    asyncio.run(run())
+
+
+def test_a_delta_is_saved_beside_updates_and_a_failure_stops_nothing(monkeypatch, caplog):
+    monkeypatch.setattr("index_service.live._MOST_UNSAVED_COMMITS", 2)
+
+    async def run():
+        async with following() as (versions, loader):
+
+            async def follow(*numbers):
+                for number in numbers:
+                    loader.catalogue_version = f"0.{number}"
+                    versions.follow_catalogue(f"0.{number}")
+                    await until(lambda: searched(versions, 1) == loader.catalogue_version, "version 1 follows")
+
+            versions.follow(record(1, 1))
+            versions.follow_catalogue("0.1")
+            await loader.next()
+            loader.finish(1, "0.1")
+            await until_state(versions, 1, State.AVAILABLE)
+            loader.may_save.clear()
+            loader.save_error = StoreUnavailableError("the store is down")
+            await follow(2, 3)
+            await until(lambda: loader.saved, "it is being saved")
+            await follow(4, 5)
+            assert len(loader.saved) == 1, "updates do not wait for it"
+            loader.may_save.set()
+            await until(lambda: "a restart will take longer: the store is down" in caplog.text, "it is told")
+            loader.save_error = None
+            await follow(6)
+            await until(lambda: loader.saved[-1] == "0.6", "it is saved again")
 
     asyncio.run(run())
 

@@ -1,7 +1,7 @@
 """A live index against a dictionary and exact search, over any sequence of changes."""
 
 import functools
-from dataclasses import replace
+import tempfile
 from datetime import UTC, datetime
 from unittest import mock
 
@@ -17,9 +17,11 @@ from small_indexes import ids_of, small_index, unit_vectors
 from index_service.feed import Changes
 from index_service.filters import AllMet, Exists, NotMet, OneOf, Range
 from index_service.live import LiveIndex
+from index_service.saved_delta import newest_delta, put_delta
 from towers.checkpoint import GoldenExamples, Manifest, TowerFiles
 from towers.errors import InvalidInputError
 from towers.schema import parse_schema
+from towers.store import Store
 from towers.tower import OUTPUT_NAME, Tower, input_name
 
 DIM = 4
@@ -179,11 +181,11 @@ def check(live, state, excluded=()):
     excluded=st.frozensets(IDS, max_size=4),
 )
 def test_any_sequence_of_changes_gives_the_state_it_leads_to(most_scanned, start, steps, excluded):
-    with mock.patch("index_service.live._MOST_SCANNED", most_scanned):
-        check_sequence(start, steps, excluded)
+    with mock.patch("index_service.live._MOST_SCANNED", most_scanned), tempfile.TemporaryDirectory() as folder:
+        check_sequence(start, steps, excluded, Store(folder))
 
 
-def check_sequence(start, steps, excluded):
+def check_sequence(start, steps, excluded, store):
     state = dict(start)
     live = LiveIndex(built_from(state), functools.cache(CountingTower))
     check(live, state, excluded)
@@ -199,6 +201,14 @@ def check_sequence(start, steps, excluded):
         live_before = LiveIndex(live.base, None)
         live_before.view = before
         check(live_before, seen, excluded)
+        put_delta(store, "index", live.to_save())
+        resumed = LiveIndex(live.base, functools.cache(CountingTower), newest_delta(store, "index"))
+        assert resumed.catalogue_version == live.catalogue_version
+        assert resumed.view.quarantined == live.view.quarantined
+        assert (resumed.num_delta_items, resumed.num_tombstones) == (live.num_delta_items, live.num_tombstones)
+        check(resumed, state, excluded)
+        if number % 2:  # What goes on from there is as good.
+            live = resumed
 
 
 def test_attributes_that_no_tower_reads_cost_no_embedding():
@@ -295,12 +305,31 @@ def test_a_delta_much_larger_than_the_index_asks_for_a_rebuild(monkeypatch):
     live.apply(changes_of("0.3", {"item2": {"vector": 11}}))
     assert live.needs_rebuild(0.1)
     assert not live.needs_rebuild(0.5)
-    monkeypatch.setattr("index_service.live._MOST_COMMITS", 3)
-    assert not live.needs_rebuild(0.5)
-    live.apply(replace(changes_of("0.4", {}), num_commits=1))
-    assert live.needs_rebuild(0.5), "a restart would have too long a log to read"
     monkeypatch.setattr("index_service.live._REBUILD_PAUSE_S", 3600)
     assert not live.needs_rebuild(0.1), "so soon after the last one"
+
+
+def test_a_delta_is_saved_when_a_restart_would_have_much_to_do(monkeypatch):
+    monkeypatch.setattr("index_service.live._LEAST_UNSAVED", 2)
+    monkeypatch.setattr("index_service.live._MOST_UNSAVED_COMMITS", 3)
+    state = {f"item{number}": {"vector": number} for number in range(10)}
+    live = LiveIndex(built_from(state), functools.cache(CountingTower))
+    live.apply(changes_of("0.2", {"item1": {"vector": 2}}))
+    assert not live.is_worth_saving()
+    live.apply(changes_of("0.3", {"item1": {"vector": 3}}))
+    assert live.is_worth_saving(), "two changes"
+    live.to_save()
+    assert not live.is_worth_saving()
+    for number in range(4, 7):
+        assert not live.is_worth_saving()
+        live.apply(changes_of(f"0.{number}", {}))
+    assert live.is_worth_saving(), "three commits"
+    live.to_save()
+    live.apply(changes_of("0.7", {f"item{number}": None for number in range(2, 10)}))
+    assert live.is_worth_saving()
+    live.to_save()
+    live.apply(changes_of("0.8", {"item2": {"vector": 3}, "item3": {"vector": 3}}))
+    assert not live.is_worth_saving(), "few beside what is saved"
 
 
 def test_bad_searches_and_unknown_attributes_are_refused():

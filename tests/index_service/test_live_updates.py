@@ -125,6 +125,35 @@ def test_what_was_acknowledged_outlives_kill_9_and_needs_no_build(world, start_s
     assert_exact(shard, model, 1, [item_id for item_id in item_ids if item_id not in ("33", "1")])
 
 
+def test_a_restart_goes_on_from_the_delta_that_was_saved(world, start_shard):
+    num_items = 11_000
+    model = toy_model(num_items=num_items)
+    world.load_items(toy_items(1_000))
+    world.go_live(world.publish(model))
+    shard = start_shard(world.url)
+    shard.until_state(1, "AVAILABLE")
+    catalogue_version = upsert(shard, *(str(number) for number in range(1_001, num_items + 1)), year=2001)
+    name = f"/delta-{catalogue_version}.arrow"
+    until(lambda: any(path.endswith(name) for path in world.store.files("indexes")), "the delta is saved")
+    # What it holds is not read again: neither the log nor a build could give it any more.
+    for path in world.store.files("catalog/changes"):
+        if path.endswith(".parquet"):
+            world.store.delete(path)
+    upsert(shard, "7", "2000", year=2002)
+    catalogue_version = delete(shard, "8", "3000")
+    shard.stop(signal.SIGKILL)
+
+    shard = start_shard(world.url)
+    status = shard.until_state(1, "AVAILABLE")
+    assert status.catalogue_version == catalogue_version
+    assert status.loaded_from_store
+    assert (status.num_items, status.num_tombstones) == (num_items - 2, 1)
+    assert_exact(shard, model, 1, [item_id for item_id in model.item_ids if item_id not in ("8", "3000")])
+    result = shard.search(model.item_embeddings(["7", "2000", "2001"]), 1, 1, attribute_names=["year"])
+    assert result.item_ids == [["7"], ["2000"], ["2001"]]
+    assert [year.number_value for year in result.attributes["year"]] == [2002, 2002, 2001]
+
+
 def test_updates_that_stream_through_a_swap_are_in_both_versions(world, start_shard):
     models = {1: toy_model(), 2: toy_model(seed=2, dim=6)}
     world.load_items(toy_items(NUM_LOADED))
