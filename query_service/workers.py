@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,7 +76,11 @@ def run(settings: QuerySettings) -> None:
     Raises:
         InvalidInputError: another process listens on the address, or a worker cannot start with these settings.
         TwoTowerError: the first worker ended before it was ready.
+        ModuleNotFoundError: what the workers need is not installed.
     """
+    # A worker that fails at an import cannot say so; this process need not pay for what it only looks for.
+    if find_spec("redis") is None:
+        raise ModuleNotFoundError("redis is not installed", name="redis")
     asyncio.run(_run(settings))
 
 

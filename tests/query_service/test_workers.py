@@ -18,7 +18,8 @@ from query_system import World
 from service_process import PATIENCE_S, ServiceProcess, free_port
 from toy_checkpoint import ToyModel
 
-from query_service.workers import exclusive
+from query_service.settings import QuerySettings
+from query_service.workers import exclusive, run
 from retrieval_client import RetrievalClient, RetrievalError, ServiceStatus, UnavailableError
 from towers.errors import InvalidInputError
 
@@ -51,6 +52,15 @@ def shards(models: dict[int, ToyModel]) -> Iterator[list[ExactShard]]:
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
+
+
+def test_a_package_that_the_workers_lack_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "redis").is_dir()])
+    monkeypatch.delitem(sys.modules, "redis", raising=False)
+    settings = QuerySettings(store=str(tmp_path), shards="127.0.0.1:1", address="127.0.0.1:0", workers=2)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        run(settings)
+    assert caught.value.name == "redis"
 
 
 def service_of(world: World, shards: list[ExactShard], **settings: Any) -> ServiceProcess:
