@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Generic, TypeVar
 
-import uvloop
 from retrieval.index.v1 import index_service_pb2_grpc
 
 from index_service.catalogue_service import CatalogServicer
@@ -20,6 +19,7 @@ from index_service.memory import return_freed_memory
 from index_service.service import SERVICE_NAME, IndexServicer, search_executor
 from index_service.settings import IndexSettings
 from index_service.versions import Versions
+from towers import event_loop
 from towers.catalogue import Catalogue
 from towers.deployment import Deployment, DeploymentStore
 from towers.errors import TwoTowerError
@@ -27,8 +27,6 @@ from towers.rpc import RpcServer, until_stopped
 from towers.store import Store
 
 CATALOGUE_POLL_S = 0.1
-_SWITCH_INTERVAL_S = 0.0005
-"""A search asks for the interpreter several times; at Python's 5 ms each, one update beside it would cost it 20."""
 _NO_CATALOGUE = "the catalogue is not loaded; load it: twotower catalog load items.parquet"
 
 _Value = TypeVar("_Value")
@@ -41,8 +39,7 @@ def run(settings: IndexSettings) -> None:
     Raises:
         InvalidInputError: the store's URL is not valid, or the address cannot be bound.
     """
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    uvloop.run(_serve(settings))
+    event_loop.run(_serve(settings))
 
 
 async def _serve(settings: IndexSettings) -> None:

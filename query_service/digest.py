@@ -4,6 +4,7 @@ Deliberately does not know what is stored under a digest.
 """
 
 import hashlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,28 +27,29 @@ def digests_of(arrays: Arrays, fingerprint: bytes) -> list[bytes]:
     Returns:
         B digests.
     """
-    columns = []
-    for name, array in arrays.items():
-        header = b"".join(_prefixed(text.encode()) for text in (name, array.dtype.str))
-        columns.append((header, array, _lengths(array)))
-    digests = []
-    for row in range(len(columns[0][1])):
-        digest = hashlib.blake2b(digest_size=DIGEST_BYTES, key=fingerprint)
-        for header, array, lengths in columns:
-            values = array[row] if lengths is None else array[row, : lengths[row]]
-            digest.update(header + _prefixed(values.tobytes()))
-        digests.append(digest.digest())
-    return digests
+    columns = [_column(name, array) for name, array in arrays.items()]
+    return [
+        hashlib.blake2b(b"".join(row), digest_size=DIGEST_BYTES, key=fingerprint).digest()
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def _column(name: str, array: NDArray[Any]) -> list[bytes]:
+    """What B rows hold of one feature, each with its name, type and length before it."""
+    header = _header(name, array.dtype)
+    content, num_rows = array.tobytes(), len(array)
+    row_bytes = len(content) // num_rows
+    rows = [content[start : start + row_bytes] for start in range(0, len(content), row_bytes)]
+    if array.ndim == 2 and array.dtype.kind == "i":
+        # Padding; the high bytes of the last id too, which tell it from no other id.
+        rows = [row.rstrip(b"\0") for row in rows]
+    return [header + _prefixed(row) for row in rows]
+
+
+@lru_cache
+def _header(name: str, dtype: np.dtype[Any]) -> bytes:
+    return _prefixed(name.encode()) + _prefixed(dtype.str.encode())
 
 
 def _prefixed(content: bytes) -> bytes:
     return len(content).to_bytes(8, "little") + content
-
-
-def _lengths(array: NDArray[Any]) -> NDArray[np.intp] | None:
-    """`[B]` lengths of padded id lists; None for arrays of another kind."""
-    if array.ndim != 2 or array.dtype.kind != "i":
-        return None
-    is_id = array != 0
-    lengths: NDArray[np.intp] = np.where(is_id.any(axis=1), array.shape[1] - is_id[:, ::-1].argmax(axis=1), 0)
-    return lengths

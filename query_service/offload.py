@@ -8,8 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-_LARGEST_INLINE = 16
-"""Queries. Encoding, embedding or merging as many takes well under a millisecond, a trip to a thread about a tenth."""
+_LARGEST_INLINE = 32
+"""Queries. Encoding, embedding or merging as many takes under a millisecond. A trip to a thread takes about a tenth,
+and what is computed there competes for the interpreter."""
 _NUM_THREADS = 2
 
 _P = ParamSpec("_P")

@@ -141,8 +141,7 @@ class Retriever:
     async def _respond(self, question: Question, deadline: Deadline) -> Responses:
         tally = self._traffic.under(self._versions.deployment.revision)
         answer = await self._answer(question, tally, deadline)
-        rankings = await self._rankings(question, answer)
-        responses = await self._offload.run(len(question.queries), _responses, question, answer, rankings)
+        rankings, responses = await self._offload.run(len(question.queries), _concluded, question, answer)
         tally.count(answer.pin.place, answer.seconds, is_error=False, num_requests=question.num_requests)
         self._let_standby_follow(question, answer, rankings)
         return responses
@@ -211,10 +210,6 @@ class Retriever:
         outcome = await self._shards.search(search, question.num_shards_needed, deadline)
         return Answer(pin, embedded, outcome, started_s)
 
-    async def _rankings(self, question: Question, answer: Answer) -> list[Ranking]:
-        num_queries, num_attributes = len(question.queries), len(question.attribute_names)
-        return await self._offload.run(num_queries, merge, answer.outcome.hits, num_queries, question.k, num_attributes)
-
     def _let_standby_follow(self, question: Question, answer: Answer, rankings: Sequence[Ranking]) -> None:
         """Has the standby version answer too what belongs to the sample, once the live answer has left."""
         standby = self._versions.standby_pin
@@ -241,7 +236,17 @@ class Retriever:
         if answer.outcome.lacks_version:
             raise VersionNotLoadedError(f"a shard does not hold version {standby.version}")
         answer.outcome.require(answer.outcome.num_shards)
-        return [ranking.item_ids for ranking in await self._rankings(question, answer)]
+        rankings = await self._offload.run(len(question.queries), _rankings, question, answer)
+        return [ranking.item_ids for ranking in rankings]
+
+
+def _concluded(question: Question, answer: Answer) -> tuple[list[Ranking], list[query_service_pb2.RetrieveResponse]]:
+    rankings = _rankings(question, answer)
+    return rankings, _responses(question, answer, rankings)
+
+
+def _rankings(question: Question, answer: Answer) -> list[Ranking]:
+    return merge(answer.outcome.hits, len(question.queries), question.k, len(question.attribute_names))
 
 
 def _responses(
@@ -251,7 +256,7 @@ def _responses(
     return [
         query_service_pb2.RetrieveResponse(
             item_ids=ranking.item_ids,
-            scores=ranking.scores.tolist(),
+            scores=ranking.scores,
             attributes=[
                 feature_pb2.AttributeColumn(name=name, values=values)
                 for name, values in zip(question.attribute_names, ranking.attributes, strict=True)

@@ -4,12 +4,9 @@ Deliberately does not know how a request is answered.
 """
 
 import asyncio
-import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
-import uvloop
 from retrieval.query.v1 import query_service_pb2_grpc
 
 from query_service.cache import EmbeddingCache
@@ -25,13 +22,10 @@ from query_service.shadow import Shadow
 from query_service.siblings import Siblings
 from query_service.traffic import Traffic
 from query_service.versions import Versions
+from towers import event_loop
 from towers.errors import TwoTowerError
 from towers.rpc import RpcServer, until_stopped
 from towers.store import Store
-
-_SWITCH_INTERVAL_S = 0.0005
-"""A request asks for the interpreter several times; at Python's 5 ms each, one that comes while a tower with a large
-vocabulary is loaded would wait for tens of milliseconds, and give up the cache."""
 
 
 def run(settings: QuerySettings) -> None:
@@ -40,13 +34,7 @@ def run(settings: QuerySettings) -> None:
     Raises:
         InvalidInputError: the store cannot be opened, or the address cannot be bound.
     """
-    run_loop(_serve_until_stopped(settings))
-
-
-def run_loop(main: Coroutine[Any, Any, None]) -> None:
-    """Runs a process's event loop until `main` returns."""
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    uvloop.run(main)
+    event_loop.run(_serve_until_stopped(settings))
 
 
 @asynccontextmanager
@@ -70,7 +58,7 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
     limits = Limits(settings.max_k, settings.max_batch_size, max(shards.num_shards))
     traffic = Traffic()
     shadow = Shadow(settings.shadow_share, settings.default_timeout_s)
-    embedder = Embedder(cache, offload)
+    embedder = Embedder(cache, offload, settings.cache_entries, settings.cache_bypass)
     retriever = Retriever(versions, embedder, shards, offload, traffic, shadow, limits, settings.max_micro_batch)
     explainer = Explainer(versions, embedder, shards, limits)
     server = RpcServer(
@@ -87,6 +75,7 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
         versions,
         shards,
         cache,
+        embedder,
         traffic,
         shadow,
         settings.default_timeout_s,

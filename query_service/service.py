@@ -12,6 +12,7 @@ from retrieval.query.v1 import query_service_pb2, query_service_pb2_grpc
 
 from query_service.cache import EmbeddingCache
 from query_service.deadline import Deadline
+from query_service.embed import Embedder, Held
 from query_service.explain import Explainer
 from query_service.fan_out import Shards
 from query_service.micro_batch import BatchCounts
@@ -45,6 +46,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         versions: Versions,
         shards: Shards,
         cache: EmbeddingCache,
+        embedder: Embedder,
         traffic: Traffic,
         shadow: Shadow,
         default_timeout_s: float,
@@ -57,6 +59,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         self._versions = versions
         self._shards = shards
         self._cache = cache
+        self._embedder = embedder
         self._traffic = traffic
         self._shadow = shadow
         self._default_timeout_s = default_timeout_s
@@ -177,6 +180,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
                 hits=self._cache.num_hits,
                 misses=self._cache.num_misses,
                 errors=self._cache.num_errors,
+                versions=[_version_cache_message(version, held) for version, held in self._embedder.held()],
             ),
             features=[
                 query_service_pb2.QueryFeature(name=feature.name, kind=feature.kind)
@@ -209,6 +213,21 @@ def _micro_batch_message(counts: BatchCounts) -> query_service_pb2.MicroBatchSta
         largest=counts.largest,
         wait_p50_s=counts.waits.quantile_s(0.5),
         wait_p99_s=counts.waits.quantile_s(0.99),
+    )
+
+
+def _version_cache_message(version: int, held: Held) -> query_service_pb2.VersionCache:
+    return query_service_pb2.VersionCache(
+        checkpoint_version=version,
+        entries=len(held.recent),
+        hits=held.num_hits,
+        misses=held.num_misses,
+        joined=held.num_joined,
+        tower_s=held.tower.seconds,
+        local_s=held.local.lookup.seconds,
+        local_bypassed=held.local.is_left_out,
+        redis_s=held.shared.lookup.seconds,
+        redis_bypassed=held.shared.is_left_out,
     )
 
 

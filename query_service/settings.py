@@ -28,11 +28,15 @@ class QuerySettings(BaseSettings):
     shards: Layouts
     """Addresses of the index shards, `a:1|a:2,b:1`: `,` between shards, `|` between replicas; `;` between layouts."""
     redis_url: str = Field(default="", validation_alias=AliasChoices(f"{PREFIX}REDIS_URL", "REDIS_URL"), repr=False)
-    """The embedding cache; empty: no cache."""
+    """Where replicas share embeddings; empty: nowhere."""
     cache_ttl_s: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
     """Lifetime of a cached embedding."""
     cache_timeout_s: float = Field(default=0.02, gt=0, le=10, allow_inf_nan=False)
     """The longest that a request waits for the cache."""
+    cache_entries: int = Field(default=16384, ge=0, le=10_000_000)
+    """Embeddings of each loaded version that the process holds itself, before it asks Redis; 0: none."""
+    cache_bypass: bool = True
+    """Whether a cache that costs more than the tower is left out."""
     default_timeout_s: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Deadline of a request that comes without one."""
     max_k: int = Field(default=1000, ge=1)

@@ -8,10 +8,11 @@ import logging
 import sys
 from collections.abc import Callable
 
-from query_service.serve import run_loop, serving
+from query_service.serve import serving
 from query_service.settings import QuerySettings
 from query_service.siblings import Siblings
 from query_service.workers import WorkerMessage, WorkerOrder
+from towers import event_loop
 from towers.errors import TwoTowerError
 from towers.parent import end_with_parent, message_stream
 from towers.rpc import until_stopped
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
             print(message.model_dump_json(), file=messages, flush=True)
 
         try:
-            run_loop(_serve_until_stopped(order, say))
+            event_loop.run(_serve_until_stopped(order, say))
         except TwoTowerError as error:
             say(WorkerMessage.of_failure(error))
             return 1

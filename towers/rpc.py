@@ -57,6 +57,10 @@ _log = logging.getLogger(__name__)
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns the error tree into statuses; anything else is logged and leaves as INTERNAL without detail."""
 
+    def __init__(self) -> None:
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        """By method; there is one of each, and it stays."""
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
@@ -66,6 +70,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         Health and reflection write their streams as generators, which pass.
         """
+        method = handler_call_details.method
+        if method in self._wrapped:
+            return self._wrapped[method]
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -80,14 +87,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await context.abort(*told(error, handler_call_details.method))
+                await context.abort(*told(error, method))
 
         wrapped = grpc.stream_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler
-        return wrapped(
+        self._wrapped[method] = wrapped(
             answer_or_abort,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+        return self._wrapped[method]
 
 
 def told(error: Exception, what: str) -> tuple[grpc.StatusCode, str]:

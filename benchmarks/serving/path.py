@@ -22,6 +22,7 @@ import grpc
 import numpy as np
 from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 from retrieval.query.v1 import query_service_pb2_grpc
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
@@ -54,6 +55,8 @@ _BATCHES_IN_FLIGHT = 4
 _JUDGED_QUERIES = 200
 _WARM_UP_S = 1.0
 _TIMEOUT_S = 10.0
+_BAR_WIDTH = 24
+"""Characters of the longest bar of a section."""
 
 
 @dataclass(frozen=True)
@@ -298,13 +301,14 @@ def shown(figures: Mapping[str, Any]) -> list[Table]:
         title=f"{figures['items']:,} x {_DIM}, k = {K}, {NUM_SHARDS} shards; {figures['index_type']}, recall "
         f"{recall['Retrieve']:.3f} served, {recall['in process']:.3f} in process"
     )
-    for column in ("", "", "median"):
-        medians.add_column(column, justify="right" if column else "left")
-    for section, by_side in figures["medians"].items():
+    for column in ("", "", "median", " " * _BAR_WIDTH):
+        medians.add_column(column, justify="right" if column == "median" else "left")
+    sections = {**figures["medians"], "32 in flight, processor µs a query": figures["cpu_us_per_call_32_in_flight"]}
+    for section, by_side in sections.items():
         for name, median in by_side.items():
-            medians.add_row(section, name, f"{median:.2f}" if median < 100 else f"{median:,.0f}")
-    for name, cost_us in figures["cpu_us_per_call_32_in_flight"].items():
-        medians.add_row("32 in flight, processor µs a query", name, f"{cost_us:.0f}")
+            bar = Bar(max(by_side.values()), 0, median, width=_BAR_WIDTH)
+            medians.add_row(section, name, f"{median:.2f}" if median < 100 else f"{median:,.0f}", bar)
+        medians.add_section()
     ratios = Table(title="ratios, median (lowest, highest) of rounds")
     for column in ("", "ratio", "target", ""):
         ratios.add_column(column, justify="right" if column else "left")

@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import uvloop
 from numpy.typing import NDArray
 from retrieval.feature.v1 import feature_pb2
 from retrieval.query.v1 import query_service_pb2
@@ -26,6 +25,7 @@ from benchmarks.index.vectors import clustered
 from cli.local_stack import QUERY, ROLLOUT, LocalStack
 from query_service.serve import serving
 from query_service.settings import QuerySettings
+from towers import event_loop
 from towers.catalogue import Catalogue
 from towers.checkpoint import CheckpointStore
 from towers.deployment import Deployment, DeploymentStore
@@ -172,7 +172,7 @@ def _query(features: Mapping[str, str]) -> query_service_pb2.Query:
 
 
 def _serve(connection: Connection, settings: Mapping[str, Any]) -> None:
-    uvloop.run(_serve_until_closed(connection, settings))
+    event_loop.run(_serve_until_closed(connection, settings))
 
 
 async def _serve_until_closed(connection: Connection, settings: Mapping[str, Any]) -> None:

@@ -28,6 +28,11 @@ OTHER_DIGEST = hashlib.blake2b(b"other query", digest_size=32).digest()
 EMBEDDING = np.array([0.5, -0.5, 0.5, -0.5], dtype=np.float32)
 
 
+def only(valkey: ValkeyServer) -> dict[str, Any]:
+    """Settings with which every embedding is looked up there and nowhere else."""
+    return {"redis_url": valkey.url, "cache_entries": 0, "cache_bypass": False}
+
+
 @asynccontextmanager
 async def caching(
     valkey: ValkeyServer, *, ttl_s: float = 600.0, timeout_s: float = 5.0
@@ -217,7 +222,7 @@ def test_without_a_server_nothing_is_counted() -> None:
 
 def test_a_hit_equals_the_miss_bit_for_bit(world: World, models: dict[int, ToyModel], valkey: ValkeyServer) -> None:
     async def check() -> None:
-        async with running(world, models, redis_url=valkey.url) as system:
+        async with running(world, models, **only(valkey)) as system:
             request = query_service_pb2.EmbedRequest(queries=[query_of(QUERY), query_of({})])
             missed_embeddings = await system.stub.Embed(request, timeout=PATIENCE_S)
             missed = await system.retrieve({"user_id": "2"}, attribute_names=["title"])
@@ -242,7 +247,7 @@ def test_batches_find_what_single_queries_stored_and_the_reverse(
     short, long = {"history": ["3"]}, {"history": [str(item) for item in range(1, 16)]}
 
     async def check() -> None:
-        async with running(world, models, redis_url=valkey.url) as system:
+        async with running(world, models, **only(valkey)) as system:
             await system.retrieve(short)
             await until_cached(system, short)
             batch = (await system.batch_retrieve([long, short, {}])).results
@@ -258,7 +263,7 @@ def test_batches_find_what_single_queries_stored_and_the_reverse(
 
 def test_versions_do_not_share_embeddings(world: World, models: dict[int, ToyModel], valkey: ValkeyServer) -> None:
     async def check() -> None:
-        async with running(world, models, redis_url=valkey.url) as system:
+        async with running(world, models, **only(valkey)) as system:
             await until_cached(system, QUERY)
             world.deploy(live=2, standby=1)
             await system.until_live(2)
@@ -285,9 +290,9 @@ def test_stores_that_share_a_server_do_not_share_embeddings(
     other_world.deploy(live=1)
 
     async def check() -> None:
-        async with running(world, models, redis_url=valkey.url) as system:
+        async with running(world, models, **only(valkey)) as system:
             await until_cached(system, QUERY)
-        async with running(other_world, other_models, redis_url=valkey.url) as system:
+        async with running(other_world, other_models, **only(valkey)) as system:
             response = await system.retrieve(QUERY)
             assert not response.embedding_cached
             assert_exact(response, other_models[1], QUERY)
@@ -297,7 +302,7 @@ def test_stores_that_share_a_server_do_not_share_embeddings(
 
 def test_an_emptied_server_is_filled_again(world: World, models: dict[int, ToyModel], valkey: ValkeyServer) -> None:
     async def check() -> None:
-        async with running(world, models, redis_url=valkey.url) as system:
+        async with running(world, models, **only(valkey)) as system:
             await until_cached(system, QUERY)
             with redis.Redis.from_url(valkey.url) as client:
                 client.flushall()
@@ -335,7 +340,7 @@ def test_a_server_that_dies_or_stops_costs_no_answer(
         return num_answers
 
     async def check() -> None:
-        async with running(world, models, redis_url=valkey.url, cache_timeout_s=0.2) as system:
+        async with running(world, models, **only(valkey), cache_timeout_s=0.2) as system:
             await until_cached(system, QUERY)
             done = asyncio.Event()
             callers = [asyncio.create_task(keep_calling(system, done)) for _ in range(4)]

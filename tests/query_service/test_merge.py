@@ -38,7 +38,7 @@ def test_the_best_of_all_shards_by_score_then_id(num_queries: int, num_shards: i
     for query, ranking in enumerate(rankings):
         found = [hit for shard in shards for hit in shard[query]]
         expected = sorted(found, key=lambda hit: (-hit[0], hit[1]))[:k]
-        assert list(zip(ranking.scores.tolist(), ranking.item_ids, strict=True)) == expected
+        assert list(zip(ranking.scores, ranking.item_ids, strict=True)) == expected
         assert [value.string_value for value in ranking.attributes[0]] == list(ranking.item_ids)
 
 

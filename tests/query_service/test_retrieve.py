@@ -41,7 +41,7 @@ QUERIES: list[dict[str, Any]] = [
 
 def test_a_single_query_equals_exact_search(world: World, models: dict[int, ToyModel]) -> None:
     async def check() -> None:
-        async with running(world, models) as system:
+        async with running(world, models, cache_entries=0) as system:
             for features in QUERIES:
                 for k in (1, 10, 1000):
                     response = await system.retrieve(features, k=k)
@@ -221,7 +221,7 @@ def test_a_deadline_that_has_passed_starts_no_work(world: World, models: dict[in
     async def check() -> None:
         async with ExactShard(0, 1, models) as shard:
             versions, shards, offload = Versions(world.store, 0.02, [1]), Shards([((shard.address,),)]), Offload()
-            embedder = Embedder(EmbeddingCache("", ttl_s=1, timeout_s=1), offload)
+            embedder = Embedder(EmbeddingCache("", ttl_s=1, timeout_s=1), offload, num_entries=0, may_leave_out=False)
             shadow = Shadow(0.0, PATIENCE_S)
             retriever = Retriever(versions, embedder, shards, offload, Traffic(), shadow, Limits(10, 10, 1), 1)
             following = asyncio.create_task(versions.follow())

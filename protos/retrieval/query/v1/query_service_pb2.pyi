@@ -211,7 +211,7 @@ class RetrieveResponse(_message.Message):
     shards_total: _builtins.int
     """Shards of the catalogue, in the layout that answered."""
     embedding_cached: _builtins.bool
-    """Whether the query's embedding came from the cache."""
+    """Whether the query's embedding came from the process's own cache or from Redis."""
     @_builtins.property
     def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of the items, best first."""
@@ -978,7 +978,7 @@ Global___ShardConnection: _TypeAlias = ShardConnection  # noqa: Y015
 
 @_typing.final
 class CacheStatus(_message.Message):
-    """State of the embedding cache."""
+    """State of the caches of embeddings: Redis, which replicas share, and what the process holds itself."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -987,16 +987,21 @@ class CacheStatus(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     MISSES_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
     enabled: _builtins.bool
     """Whether a Redis is configured."""
     reachable: _builtins.bool
     """Whether its last call succeeded; true before the first."""
     hits: _builtins.int
-    """Embeddings found since the process started."""
+    """Embeddings found there since the process started."""
     misses: _builtins.int
-    """Embeddings not found, failures included."""
+    """Embeddings not found there, failures included."""
     errors: _builtins.int
     """Calls that failed, and values that were refused."""
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionCache]:
+        """What the process holds itself, and what it costs, of each loaded version that was asked for an embedding."""
+
     def __init__(
         self,
         *,
@@ -1005,14 +1010,73 @@ class CacheStatus(_message.Message):
         hits: _builtins.int = ...,
         misses: _builtins.int = ...,
         errors: _builtins.int = ...,
+        versions: _abc.Iterable[Global___VersionCache] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["enabled", b"enabled", "errors", b"errors", "hits", b"hits", "misses", b"misses", "reachable", b"reachable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enabled", b"enabled", "errors", b"errors", "hits", b"hits", "misses", b"misses", "reachable", b"reachable", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CacheStatus: _TypeAlias = CacheStatus  # noqa: Y015
+
+@_typing.final
+class VersionCache(_message.Message):
+    """Embeddings of one version, and what getting one costs of late: seconds by queries of the last batches."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_VERSION_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    JOINED_FIELD_NUMBER: _builtins.int
+    TOWER_S_FIELD_NUMBER: _builtins.int
+    LOCAL_S_FIELD_NUMBER: _builtins.int
+    LOCAL_BYPASSED_FIELD_NUMBER: _builtins.int
+    REDIS_S_FIELD_NUMBER: _builtins.int
+    REDIS_BYPASSED_FIELD_NUMBER: _builtins.int
+    checkpoint_version: _builtins.int
+    """The version."""
+    entries: _builtins.int
+    """Embeddings that the process holds."""
+    hits: _builtins.int
+    """Queries whose embedding the process held."""
+    misses: _builtins.int
+    """Queries whose embedding it did not hold."""
+    joined: _builtins.int
+    """Of these, queries that waited for another that asked for the same embedding."""
+    tower_s: _builtins.float
+    """Seconds of a query in a tower pass; 0 before the first."""
+    local_s: _builtins.float
+    """Seconds of a query to find out whether the process holds its embedding; 0 before the first."""
+    local_bypassed: _builtins.bool
+    """Whether this is left out, since the tower is cheaper; Redis is not asked either then."""
+    redis_s: _builtins.float
+    """Seconds of a query to ask Redis; 0 before the first."""
+    redis_bypassed: _builtins.bool
+    """Whether Redis is left out, since the tower is cheaper."""
+    def __init__(
+        self,
+        *,
+        checkpoint_version: _builtins.int = ...,
+        entries: _builtins.int = ...,
+        hits: _builtins.int = ...,
+        misses: _builtins.int = ...,
+        joined: _builtins.int = ...,
+        tower_s: _builtins.float = ...,
+        local_s: _builtins.float = ...,
+        local_bypassed: _builtins.bool = ...,
+        redis_s: _builtins.float = ...,
+        redis_bypassed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "entries", b"entries", "hits", b"hits", "joined", b"joined", "local_bypassed", b"local_bypassed", "local_s", b"local_s", "misses", b"misses", "redis_bypassed", b"redis_bypassed", "redis_s", b"redis_s", "tower_s", b"tower_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionCache: _TypeAlias = VersionCache  # noqa: Y015
 
 @_typing.final
 class QueryFeature(_message.Message):
