@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from query_service.cache import EmbeddingCache
 from query_service.digest import digests_of
+from query_service.hot import HotQueries
 from query_service.offload import Offload
 from query_service.parse import InvalidQueriesError, RawFeatures, encode
 from query_service.payoff import Cost, Payoff
@@ -55,6 +56,8 @@ class Held:
         self.num_misses = 0
         self.num_joined = 0
         """Of these, those that another request was getting already."""
+        self.num_ahead = 0
+        """Embedded before anyone asked."""
 
 
 class Embedder:
@@ -65,17 +68,21 @@ class Embedder:
        is cheaper than finding that out.
     """
 
-    def __init__(self, cache: EmbeddingCache, offload: Offload, num_entries: int, may_leave_out: bool) -> None:
+    def __init__(
+        self, cache: EmbeddingCache, offload: Offload, hot: HotQueries, num_entries: int, may_leave_out: bool
+    ) -> None:
         """Nothing is held yet.
 
         Args:
             cache: What all processes share.
             offload: Where large work is done.
+            hot: Is told the queries.
             num_entries: The most embeddings of one tower that this process holds itself; 0: none.
             may_leave_out: Whether a lookup that costs more than the tower is left out.
         """
         self._cache = cache
         self._offload = offload
+        self._hot = hot
         self._num_entries = num_entries
         self._may_leave_out = may_leave_out
         self._held: WeakKeyDictionary[Tower, Held] = WeakKeyDictionary()
@@ -93,6 +100,7 @@ class Embedder:
         """
         num_queries = len(queries)
         arrays = await self._offload.run(num_queries, encode, queries, pin)
+        self._hot.notice(queries)
         held = self._held_of(pin.tower)
         if not (self._num_entries or self._cache.is_enabled) or not held.local.wants_lookup():
             embeddings = await self._tower_pass(arrays, range(num_queries), pin, held)
@@ -108,6 +116,31 @@ class Embedder:
         while missing:
             missing = await self._fill(missing, digests, arrays, pin, held, embeddings, is_cached)
         return Embedded(embeddings, is_cached)
+
+    async def embed_ahead(self, queries: Sequence[RawFeatures], pin: Pin) -> int:
+        """Embeds what is not held yet of a few queries, away from the event loop.
+
+        Queries that this version has no embedding for are left out.
+
+        Returns:
+            How many were embedded.
+        """
+        held = self._held_of(pin.tower)
+        if not self._num_entries or held.local.is_left_out:
+            return 0
+        digests, arrays = await asyncio.to_thread(_encoded, queries, pin)
+        rows = [row for row, digest in enumerate(digests) if digest not in held.recent]
+        if not rows:
+            return 0
+        chosen = {name: array[rows] for name, array in arrays.items()}
+        embeddings = await asyncio.to_thread(pin.tower.embed, chosen)
+        finite = np.flatnonzero(np.isfinite(embeddings).all(axis=1))
+        made = [digests[rows[place]] for place in finite]
+        held.recent.add(made, embeddings[finite])
+        held.num_ahead += len(made)
+        if not held.shared.is_left_out:
+            self._cache.put(pin.version, made, embeddings[finite])
+        return len(made)
 
     async def _fill(
         self,
@@ -208,3 +241,15 @@ class Embedder:
         if held is None:
             held = self._held[tower] = Held(tower.dim, self._num_entries, self._may_leave_out)
         return held
+
+
+def _encoded(queries: Sequence[RawFeatures], pin: Pin) -> tuple[list[bytes], Arrays]:
+    """Digests and arrays of the queries that this version can encode, none twice."""
+    try:
+        arrays = encode(queries, pin)
+    except InvalidQueriesError as error:
+        right = [query for position, query in enumerate(queries) if position not in error.failures]
+        return _encoded(right, pin) if right else ([], {})
+    digests = digests_of(arrays, pin.fingerprint)
+    rows = list({digest: row for row, digest in enumerate(digests)}.values())
+    return [digests[row] for row in rows], {name: array[rows] for name, array in arrays.items()}

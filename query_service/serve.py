@@ -13,8 +13,10 @@ from query_service.cache import EmbeddingCache
 from query_service.embed import Embedder
 from query_service.explain import Explainer
 from query_service.fan_out import Shards
+from query_service.hot import HotQueries
 from query_service.offload import Offload
 from query_service.parse import Limits
+from query_service.prewarm import Prewarmer
 from query_service.retrieve import Retriever
 from query_service.service import SERVICE_NAME, QueryService
 from query_service.settings import QuerySettings
@@ -53,12 +55,13 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
     store = Store(settings.store)
     shards = Shards(settings.shards)
     versions = Versions(store, settings.poll_interval_s, shards.num_shards)
-    cache = EmbeddingCache(settings.redis_url, settings.cache_ttl_s, settings.cache_timeout_s)
+    cache = EmbeddingCache(settings.redis_url, settings.cache_ttl_s, settings.cache_timeout_s, settings.cache_dtype)
     offload = Offload()
     limits = Limits(settings.max_k, settings.max_batch_size, max(shards.num_shards))
     traffic = Traffic()
     shadow = Shadow(settings.shadow_share, settings.default_timeout_s)
-    embedder = Embedder(cache, offload, settings.cache_entries, settings.cache_bypass)
+    hot = HotQueries(min(settings.cache_prewarm, settings.cache_entries))
+    embedder = Embedder(cache, offload, hot, settings.cache_entries, settings.cache_bypass)
     retriever = Retriever(versions, embedder, shards, offload, traffic, shadow, limits, settings.max_micro_batch)
     explainer = Explainer(versions, embedder, shards, limits)
     server = RpcServer(
@@ -91,6 +94,7 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
         port = await server.start() if siblings is None or siblings.joins_at_once else 0
         background += [
             asyncio.create_task(versions.follow()),
+            asyncio.create_task(Prewarmer(versions, embedder, hot, settings.poll_interval_s).follow()),
             asyncio.create_task(_ready_once_loaded(versions, server, siblings)),
         ]
         try:

@@ -223,6 +223,7 @@ def _version_cache_message(version: int, held: Held) -> query_service_pb2.Versio
         hits=held.num_hits,
         misses=held.num_misses,
         joined=held.num_joined,
+        prewarmed=held.num_ahead,
         tower_s=held.tower.seconds,
         local_s=held.local.lookup.seconds,
         local_bypassed=held.local.is_left_out,

@@ -120,6 +120,8 @@ async def running(
             "redis_url": "",
             # A sample of chance would call shards that a test counts.
             "shadow_share": 0.0,
+            # Another would embed queries that a test counts.
+            "cache_prewarm": 0,
             "poll_interval_s": 0.02,
             "drain_s": 0,
             "cache_timeout_s": 5.0,

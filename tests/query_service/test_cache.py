@@ -35,9 +35,9 @@ def only(valkey: ValkeyServer) -> dict[str, Any]:
 
 @asynccontextmanager
 async def caching(
-    valkey: ValkeyServer, *, ttl_s: float = 600.0, timeout_s: float = 5.0
+    valkey: ValkeyServer, *, ttl_s: float = 600.0, timeout_s: float = 5.0, dtype: Any = "float32"
 ) -> AsyncIterator[EmbeddingCache]:
-    cache = EmbeddingCache(valkey.url, ttl_s=ttl_s, timeout_s=timeout_s)
+    cache = EmbeddingCache(valkey.url, ttl_s=ttl_s, timeout_s=timeout_s, dtype=dtype)
     try:
         yield cache
     finally:
@@ -59,7 +59,7 @@ def key_of(version: int, digest: bytes) -> str:
     return f"twotower:{version}:{digest.hex()}"
 
 
-def value_of(version: int, digest: bytes, embedding: NDArray[np.float32]) -> bytes:
+def value_of(version: int, digest: bytes, embedding: NDArray[Any]) -> bytes:
     content = struct.pack("<Q", version) + digest + embedding.tobytes()
     return content + xxhash.xxh3_64_digest(content)
 
@@ -79,6 +79,35 @@ def test_what_is_found_is_what_was_stored(valkey: ValkeyServer) -> None:
             with redis.Redis.from_url(valkey.url) as client:
                 assert client.keys() == [key_of(1, DIGEST).encode()]
                 assert client.get(key_of(1, DIGEST)) == value_of(1, DIGEST, EMBEDDING)
+
+    asyncio.run(check())
+
+
+def test_half_precision_takes_half_the_room_and_gives_unit_embeddings(valkey: ValkeyServer) -> None:
+    embedding = np.random.default_rng(1).normal(size=64).astype(np.float32)
+    embedding /= np.linalg.norm(embedding)
+
+    async def check() -> None:
+        async with caching(valkey, dtype="float16") as half, caching(valkey) as whole:
+            await stored(half, 1, DIGEST, embedding)
+            assert await whole.get(1, [DIGEST], 64) == [None]
+            await stored(whole, 1, DIGEST, embedding)
+            [found], [exact] = await half.get(1, [DIGEST], 64), await whole.get(1, [DIGEST], 64)
+            assert found is not None
+            assert exact is not None
+            assert found.dtype == np.float32
+            assert exact.tobytes() == embedding.tobytes()
+            assert 0 < np.linalg.norm(found - embedding) < 5e-4
+            assert abs(np.linalg.norm(found) - 1) < 1e-6
+            assert (half.num_errors, whole.num_errors) == (0, 0)
+            with redis.Redis.from_url(valkey.url) as client:
+                value = client.get(f"twotower:1:f2:{DIGEST.hex()}")
+                assert isinstance(value, bytes)
+                assert len(value) == 8 + 32 + 2 * 64 + 8
+                for wrong in (np.zeros(64, np.float16), np.full(64, np.inf, np.float16)):
+                    client.set(f"twotower:1:f2:{DIGEST.hex()}", value_of(1, DIGEST, wrong))
+                    assert await half.get(1, [DIGEST], 64) == [None]
+            assert half.num_errors == 2
 
     asyncio.run(check())
 
@@ -210,7 +239,7 @@ def test_writes_under_way_are_bounded_and_dropped_at_the_end(valkey: ValkeyServe
 
 def test_without_a_server_nothing_is_counted() -> None:
     async def check() -> None:
-        cache = EmbeddingCache("", ttl_s=1.0, timeout_s=1.0)
+        cache = EmbeddingCache("", ttl_s=1.0, timeout_s=1.0, dtype="float32")
         cache.put(1, [DIGEST], EMBEDDING[np.newaxis])
         assert await cache.get(1, [DIGEST], DIM) == [None]
         assert not cache.is_enabled

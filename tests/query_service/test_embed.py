@@ -16,6 +16,7 @@ from valkey_server import ValkeyServer
 from query_service.cache import EmbeddingCache
 from query_service.digest import digests_of
 from query_service.embed import Embedded, Embedder, Held
+from query_service.hot import HotQueries
 from query_service.offload import Offload
 from query_service.parse import InvalidQueriesError, RawFeatures, encode
 from query_service.versions import Pin, Versions
@@ -61,14 +62,14 @@ async def desk(
 ) -> AsyncIterator[Desk]:
     """Both versions, the first of which is live."""
     versions, offload = Versions(world.store, 0.02, [2]), Offload()
-    cache = EmbeddingCache(url, ttl_s=600.0, timeout_s=PATIENCE_S)
+    cache = EmbeddingCache(url, ttl_s=600.0, timeout_s=PATIENCE_S, dtype="float32")
     following = asyncio.create_task(versions.follow())
     await until(
         lambda: asyncio.sleep(0), lambda _: bool(versions.live and (versions.standby_pin or not versions.standby))
     )
     pins = {pin.version: pin for pin in (versions.live, versions.standby_pin) if pin}
     try:
-        yield Desk(Embedder(cache, offload, num_entries, may_leave_out), cache, pins)
+        yield Desk(Embedder(cache, offload, HotQueries(0), num_entries, may_leave_out), cache, pins)
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)

@@ -19,6 +19,7 @@ from query_service.cache import EmbeddingCache
 from query_service.deadline import Deadline
 from query_service.embed import Embedder
 from query_service.fan_out import Shards
+from query_service.hot import HotQueries
 from query_service.offload import Offload
 from query_service.parse import Limits
 from query_service.retrieve import Retriever
@@ -221,7 +222,8 @@ def test_a_deadline_that_has_passed_starts_no_work(world: World, models: dict[in
     async def check() -> None:
         async with ExactShard(0, 1, models) as shard:
             versions, shards, offload = Versions(world.store, 0.02, [1]), Shards([((shard.address,),)]), Offload()
-            embedder = Embedder(EmbeddingCache("", ttl_s=1, timeout_s=1), offload, num_entries=0, may_leave_out=False)
+            cache = EmbeddingCache("", ttl_s=1, timeout_s=1, dtype="float32")
+            embedder = Embedder(cache, offload, HotQueries(0), num_entries=0, may_leave_out=False)
             shadow = Shadow(0.0, PATIENCE_S)
             retriever = Retriever(versions, embedder, shards, offload, Traffic(), shadow, Limits(10, 10, 1), 1)
             following = asyncio.create_task(versions.follow())

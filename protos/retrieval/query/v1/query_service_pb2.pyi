@@ -1036,6 +1036,7 @@ class VersionCache(_message.Message):
     LOCAL_BYPASSED_FIELD_NUMBER: _builtins.int
     REDIS_S_FIELD_NUMBER: _builtins.int
     REDIS_BYPASSED_FIELD_NUMBER: _builtins.int
+    PREWARMED_FIELD_NUMBER: _builtins.int
     checkpoint_version: _builtins.int
     """The version."""
     entries: _builtins.int
@@ -1056,6 +1057,8 @@ class VersionCache(_message.Message):
     """Seconds of a query to ask Redis; 0 before the first."""
     redis_bypassed: _builtins.bool
     """Whether Redis is left out, since the tower is cheaper."""
+    prewarmed: _builtins.int
+    """Frequent queries that were embedded while the version stood by, before anyone asked."""
     def __init__(
         self,
         *,
@@ -1069,10 +1072,11 @@ class VersionCache(_message.Message):
         local_bypassed: _builtins.bool = ...,
         redis_s: _builtins.float = ...,
         redis_bypassed: _builtins.bool = ...,
+        prewarmed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "entries", b"entries", "hits", b"hits", "joined", b"joined", "local_bypassed", b"local_bypassed", "local_s", b"local_s", "misses", b"misses", "redis_bypassed", b"redis_bypassed", "redis_s", b"redis_s", "tower_s", b"tower_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_version", b"checkpoint_version", "entries", b"entries", "hits", b"hits", "joined", b"joined", "local_bypassed", b"local_bypassed", "local_s", b"local_s", "misses", b"misses", "prewarmed", b"prewarmed", "redis_bypassed", b"redis_bypassed", "redis_s", b"redis_s", "tower_s", b"tower_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
