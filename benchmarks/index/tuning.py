@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.index.vectors import clustered
+from benchmarks.index.vectors import clustered, of_checkpoint
 from index_service.ann import AnnIndex, Knobs, exact_index, parsed_parameters
 from index_service.effort import sweep
 from index_service.kinds import TrainedLists, built, trained_quantizer
@@ -44,10 +45,23 @@ _NUM_FINALISTS = 3
 Search = tuple[AnnIndex, Knobs]
 
 
-def measure(num_items: int, dim: int, ks: tuple[int, ...], console: Console) -> list[dict[str, Any]]:
-    """The figures of each k for one catalogue."""
-    items, queries = clustered(num_items, dim, _NUM_SEEN + _NUM_HELD_OUT)
-    seen, held_out = queries[:_NUM_SEEN], queries[_NUM_SEEN:]
+def measure(
+    items: NDArray[np.float32],
+    seen: NDArray[np.float32],
+    held_out: NDArray[np.float32],
+    ks: tuple[int, ...],
+    console: Console,
+) -> list[dict[str, Any]]:
+    """The figures of each k for one catalogue.
+
+    Args:
+        items: `[N, D]`
+        seen: `[S, D]` the queries that choose.
+        held_out: `[H, D]` the queries that judge.
+        ks: Results of a search.
+        console: Where progress is told.
+    """
+    num_items, dim = items.shape
     exact = exact_index(items)
     truth = Truth(exact, QuerySample(held_out, None), max(ks))
     chosen: dict[int, AnnIndex] = {}
@@ -167,19 +181,31 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of items")
     parser.add_argument("--dims", type=int, nargs="+", default=DIMS, help="dimensions")
     parser.add_argument("--ks", type=int, nargs="+", default=KS, help="results of a search")
+    parser.add_argument("--store", help="measure on a store's catalogue and checkpoint instead", metavar="URL")
+    parser.add_argument("--version", type=int, default=1, help="the checkpoint")
     parser.add_argument("--threads", type=int, default=faiss.omp_get_max_threads(), help="threads to build with")
     parser.add_argument("--json", type=Path, help="file for the figures, written after each number of items and dim")
     options = parser.parse_args()
     faiss.omp_set_num_threads(options.threads)
     console = Console(highlight=False, width=160)
     figures: list[dict[str, Any]] = []
+    for items, queries, num_seen in _catalogues(options):
+        figures += measure(items, queries[:num_seen], queries[num_seen:], tuple(options.ks), console)
+        console.print(shown(figures))
+        if options.json:
+            reached = all(row["recall_reached"] and row["ratio_reached"] for row in figures)
+            options.json.write_text(json.dumps({"reached": reached, "figures": figures}, indent=2) + "\n")
+
+
+def _catalogues(options: argparse.Namespace) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], int]]:
+    """Items, queries, and how many of the queries choose."""
+    if options.store:
+        items, queries = of_checkpoint(options.store, options.version)
+        yield items, queries, len(queries) // 2
+        return
     for num_items in SIZES[:1] if options.quick else options.sizes:
         for dim in DIMS[:1] if options.quick else options.dims:
-            figures += measure(num_items, dim, tuple(options.ks), console)
-            console.print(shown(figures))
-            if options.json:
-                reached = all(row["recall_reached"] and row["ratio_reached"] for row in figures)
-                options.json.write_text(json.dumps({"reached": reached, "figures": figures}, indent=2) + "\n")
+            yield *clustered(num_items, dim, _NUM_SEEN + _NUM_HELD_OUT), _NUM_SEEN
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.index import libraries, tuning
+from benchmarks.index.vectors import clustered
 
 
 def test_the_choice_is_compared_with_a_sweep(monkeypatch):
-    for name, value in {"_NUM_SEEN": 100, "_NUM_HELD_OUT": 200, "_NUM_SWEPT": 100, "_ROUNDS": 1}.items():
+    for name, value in {"_NUM_SWEPT": 100, "_ROUNDS": 1}.items():
         monkeypatch.setattr(tuning, name, value)
+    items, queries = clustered(800, 16, 300)
     console = Console(file=io.StringIO(), width=160)
-    figures = tuning.measure(800, 16, (5, 20), console)
+    figures = tuning.measure(items, queries[:100], queries[100:], (5, 20), console)
     assert [(row["items"], row["dim"], row["k"]) for row in figures] == [(800, 16, 5), (800, 16, 20)]
     for row in figures:
         # So few items are searched exactly.
@@ -26,7 +28,7 @@ def test_the_choice_is_compared_with_a_sweep(monkeypatch):
 
 
 def test_sides_are_compared_at_one_recall(monkeypatch):
-    for name, value in {"_NUM_QUERIES": 50, "_ROUNDS": 2, "_QUERIES_A_ROUND": 5}.items():
+    for name, value in {"_ROUNDS": 2, "_QUERIES_A_ROUND": 5}.items():
         monkeypatch.setattr(libraries, name, value)
 
     def numpy_scan(items):
@@ -41,7 +43,7 @@ def test_sides_are_compared_at_one_recall(monkeypatch):
 
     monkeypatch.setattr(libraries, "PEERS", {"numpy": numpy_scan, "absent": absent, "short": lambda items: []})
     console = Console(file=io.StringIO(), width=160)
-    ours, numpy = libraries.measure(600, 16, 0.95, console)
+    ours, numpy = libraries.measure(*clustered(600, 16, 50), 0.95, console)
     assert (ours["name"], ours["ratio"], ours["recall"]) == ("twotower", 1.0, 1.0)
     assert (numpy["parameters"], numpy["version"]) in {("share=0.97", np.__version__), ("share=1.0", np.__version__)}
     assert numpy["recall"] >= 0.95
