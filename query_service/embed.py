@@ -39,6 +39,12 @@ _Flight = asyncio.Future[Embedded | None]
 """Done with what was asked for, or with None where that failed or was given up."""
 
 
+_FOUND_SMOOTHING = 0.01
+"""Weight of the newest batch in the share of queries that are found."""
+_SETTLED = 2
+"""Times as many queries as there are entries: then the table is full, or most queries are found."""
+
+
 class Held:
     """What this process has of one tower: its recent embeddings, those under way, and what they cost."""
 
@@ -58,6 +64,25 @@ class Held:
         """Of these, those that another request was getting already."""
         self.num_ahead = 0
         """Embedded before anyone asked."""
+        self._num_entries = num_entries
+        self._share_found = 1.0
+
+    def count_found(self, num_found: int, num_missing: int, *, is_last: bool) -> None:
+        """Counts what was looked for in `recent`.
+
+        Args:
+            num_found: Queries whose embedding was there.
+            num_missing: Queries whose embedding was not.
+            is_last: Whether those go to the tower, as there is no other cache.
+        """
+        self.num_hits += num_found
+        self.num_misses += num_missing
+        num_queries = num_found + num_missing
+        self._share_found += _FOUND_SMOOTHING * (num_found / num_queries - self._share_found)
+        # Before, it has not seen as many queries as it has room for, and what it finds says little.
+        is_settled = self.num_hits + self.num_misses >= _SETTLED * self._num_entries
+        is_used_alone = is_last or self.shared.is_left_out
+        self.local.share_found = self._share_found if is_settled and is_used_alone else 1.0
 
 
 class Embedder:
@@ -107,11 +132,9 @@ class Embedder:
             return Embedded(embeddings, [False] * num_queries)
         started_s = time.perf_counter()
         digests = await self._offload.run(num_queries, digests_of, arrays, pin.fingerprint)
-        embeddings = np.empty((num_queries, pin.tower.dim), dtype=np.float32)  # [B, D]
-        missing = held.recent.read(digests, embeddings)
+        embeddings, missing = held.recent.read(digests)
         held.local.lookup.add(time.perf_counter() - started_s, num_queries)
-        held.num_hits += num_queries - len(missing)
-        held.num_misses += len(missing)
+        held.count_found(num_queries - len(missing), len(missing), is_last=not self._cache.is_enabled)
         is_cached = [True] * num_queries
         while missing:
             missing = await self._fill(missing, digests, arrays, pin, held, embeddings, is_cached)
@@ -171,7 +194,10 @@ class Embedder:
         try:
             if first_of:
                 got = await self._get([digests[position] for position in first_of], first_of, arrays, pin, held)
-                embeddings[first_of] = got.embeddings
+                if len(first_of) == len(embeddings):
+                    embeddings[:] = got.embeddings
+                else:
+                    embeddings[first_of] = got.embeddings
                 for position, was_cached in zip(first_of, got.is_cached, strict=True):
                     is_cached[position] = was_cached
         finally:

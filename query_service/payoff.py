@@ -1,7 +1,6 @@
 """Whether it pays to look embeddings up: what a query costs looked up, and what it costs computed.
 
-Deliberately does not know where they are looked up. A lookup that costs more than the tower is left out: it can save
-nothing, however often it finds something.
+Deliberately does not know where they are looked up.
 """
 
 _SMOOTHING = 0.05
@@ -36,7 +35,7 @@ class Payoff:
     """Decides, batch by batch, whether to look up.
 
     1. Until both costs are known, it looks up.
-    2. While a lookup costs more than the tower, it leaves lookups out, save one in 128, so that it notices a change.
+    2. While a lookup costs more than it saves, it leaves lookups out, save one in 128, so that it notices a change.
     3. Where everything is found, the tower is not measured by itself: one batch in 128 skips the lookup until it is.
     """
 
@@ -48,17 +47,19 @@ class Payoff:
             may_leave_out: Whether lookups are ever left out.
         """
         self.lookup = Cost()
+        self.share_found = 1.0
+        """Of the queries that are looked up; 1 where that is not known: a cost above the tower's pays at no share."""
         self._tower = tower
         self._may_leave_out = may_leave_out
         self._num_asked = 0
 
     @property
     def is_left_out(self) -> bool:
-        """Whether lookups cost more than they can save."""
+        """Whether lookups cost more than they save."""
         return (
             self._may_leave_out
             and min(self.lookup.num_batches, self._tower.num_batches) >= _FEWEST_BATCHES
-            and self.lookup.seconds > self._tower.seconds
+            and self.lookup.seconds > self.share_found * self._tower.seconds
         )
 
     def wants_lookup(self) -> bool:

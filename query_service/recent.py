@@ -32,40 +32,35 @@ class RecentEmbeddings:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._rows
 
-    def read(self, digests: Sequence[bytes], embeddings: NDArray[np.float32]) -> list[int]:
+    def read(self, digests: Sequence[bytes]) -> tuple[NDArray[np.float32], list[int]]:
         """Looks embeddings up.
 
         Args:
             digests: B digests.
-            embeddings: `[B, D]`, filled where one is found.
 
         Returns:
-            The positions of those that are not found.
+            `[B, D]`, and the positions of those that are not found, where anything may be.
         """
-        found, missing, rows = [], [], []
-        for position, digest in enumerate(digests):
-            row = self._rows.get(digest)
-            if row is None:
-                missing.append(position)
-            else:
+        rows = [self._rows.get(digest, -1) for digest in digests]
+        missing = [position for position, row in enumerate(rows) if row < 0] if -1 in rows else []
+        if len(missing) == len(rows):
+            return np.empty((len(rows), self._table.shape[1]), dtype=np.float32), missing
+        for digest, row in zip(digests, rows, strict=True):
+            if row >= 0:
                 self._rows.move_to_end(digest)
-                found.append(position)
-                rows.append(row)
-        if rows:
-            embeddings[found] = self._table[rows]
-        return missing
+        return self._table[rows], missing
 
     def add(self, digests: Sequence[bytes], embeddings: NDArray[np.float32]) -> None:
         """Holds embeddings, in the place of those that have not been used for longest.
 
         Args:
-            digests: B digests, all different.
+            digests: B digests, all different; of more than there is room for, the last stay.
             embeddings: `[B, D]`
         """
         if not self._num_entries:
             return
-        # Of more than there is room for, the last stay.
-        digests, embeddings = digests[-self._num_entries :], embeddings[-self._num_entries :]
+        if len(digests) > self._num_entries:
+            digests, embeddings = digests[-self._num_entries :], embeddings[-self._num_entries :]
         rows = []
         for digest in digests:
             row = self._rows.pop(digest, None)

@@ -256,6 +256,34 @@ def test_a_cache_that_costs_more_than_the_tower_is_tried_now_and_then(
     asyncio.run(check())
 
 
+def test_a_table_in_which_nothing_is_found_is_left_out(world: World, models: dict[int, ToyModel]) -> None:
+    async def check() -> None:
+        async with desk(world, num_entries=1, may_leave_out=True) as at:
+            for number in range(1000):
+                await at.embed({"history": [str(1 + number // place % 10) for place in (1, 10, 100)]})
+            assert at.held.num_hits == 0
+            assert at.held.local.is_left_out
+            assert at.held.num_misses < 1000
+            for _ in range(1000):
+                at.held.tower.add(3600.0, 1)
+            assert not at.held.local.is_left_out
+            assert_right(await at.embed(HOT), models[1], HOT)
+            assert (await at.embed(HOT)).is_cached == [True]
+
+    asyncio.run(check())
+
+
+def test_a_table_before_the_server_is_not_judged_by_what_it_finds(world: World, valkey: ValkeyServer) -> None:
+    async def check() -> None:
+        async with desk(world, valkey.url, num_entries=1, may_leave_out=False) as at:
+            for number in range(100):
+                await at.embed(OTHERS[number % 2])
+            assert (at.held.num_hits, at.held.num_misses) == (0, 100)
+            assert at.held.local.share_found == 1.0
+
+    asyncio.run(check())
+
+
 def test_the_status_tells_what_each_version_costs(
     world: World, models: dict[int, ToyModel], valkey: ValkeyServer
 ) -> None:

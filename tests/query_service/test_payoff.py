@@ -65,3 +65,15 @@ def test_a_lookup_that_must_not_be_left_out_never_is() -> None:
     measured(payoff.lookup, 0.2, 1)
     assert not payoff.is_left_out
     assert wanted(payoff) == 1280
+
+
+def test_a_lookup_that_finds_little_pays_little() -> None:
+    tower = Cost()
+    payoff = Payoff(tower, may_leave_out=True)
+    measured(tower, 0.1, 1)
+    measured(payoff.lookup, 0.02, 1)
+    assert not payoff.is_left_out
+    payoff.share_found = 0.25
+    assert not payoff.is_left_out
+    payoff.share_found = 0.15
+    assert payoff.is_left_out
