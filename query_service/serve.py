@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 from retrieval.query.v1 import query_service_pb2_grpc
 
+from query_service.admission import Admission, AdmissionInterceptor
 from query_service.cache import EmbeddingCache
 from query_service.embed import Embedder
 from query_service.explain import Explainer
@@ -18,7 +19,7 @@ from query_service.offload import Offload
 from query_service.parse import Limits
 from query_service.prewarm import Prewarmer
 from query_service.retrieve import Retriever
-from query_service.service import SERVICE_NAME, QueryService
+from query_service.service import GUARDED_METHODS, SERVICE_NAME, QueryService
 from query_service.settings import QuerySettings
 from query_service.shadow import Shadow
 from query_service.siblings import Siblings
@@ -64,6 +65,7 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
     embedder = Embedder(cache, offload, hot, settings.cache_entries, settings.cache_bypass)
     retriever = Retriever(versions, embedder, shards, offload, traffic, shadow, limits, settings.max_micro_batch)
     explainer = Explainer(versions, embedder, shards, limits)
+    admission = Admission(settings.max_in_flight, settings.target_latency_s)
     server = RpcServer(
         settings.address,
         SERVICE_NAME,
@@ -71,8 +73,10 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
         grace_s=settings.grace_s,
         reflect=settings.reflection,
         shares_port=siblings is not None,
+        guards=(AdmissionInterceptor(admission, SERVICE_NAME, GUARDED_METHODS),),
     )
     service = QueryService(
+        admission,
         retriever,
         explainer,
         versions,

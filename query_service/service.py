@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from retrieval.query.v1 import query_service_pb2, query_service_pb2_grpc
 
+from query_service.admission import Admission, Priority, priority_of
 from query_service.cache import EmbeddingCache
 from query_service.deadline import Deadline
 from query_service.embed import Embedder, Held
@@ -27,6 +28,9 @@ from towers.rpc import told
 
 SERVICE_NAME = query_service_pb2.DESCRIPTOR.services_by_name["QueryService"].full_name
 
+GUARDED_METHODS = ("Retrieve", "BatchRetrieve", "Embed", "Explain")
+"""Refused at the door when there is no room. The queries of a stream wait; the status is always told."""
+
 _STATES = {
     TowerState.LOADING: query_service_pb2.TOWER_STATE_LOADING,
     TowerState.AVAILABLE: query_service_pb2.TOWER_STATE_AVAILABLE,
@@ -41,6 +45,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
 
     def __init__(
         self,
+        admission: Admission,
         retriever: Retriever,
         explainer: Explainer,
         versions: Versions,
@@ -54,6 +59,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         draining: asyncio.Event,
         siblings: Siblings | None = None,
     ) -> None:
+        self._admission = admission
         self._retriever = retriever
         self._explainer = explainer
         self._versions = versions
@@ -71,14 +77,20 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         self, request: query_service_pb2.RetrieveRequest, context: _Context
     ) -> query_service_pb2.RetrieveResponse:
         """Returns the k best items for one query."""
-        [response] = await self._retriever.retrieve(request, [request.query], self._deadline(context))
+        priority, deadline = priority_of(context.invocation_metadata()), self._deadline(context)
+        with self._admission.admitted(priority, 1, deadline) as visit:
+            [response] = await self._retriever.retrieve(request, [request.query], deadline)
+            if not response.degraded_reasons:
+                self._admission.learn(visit)
         return response
 
     async def BatchRetrieve(  # noqa: N802
         self, request: query_service_pb2.BatchRetrieveRequest, context: _Context
     ) -> query_service_pb2.BatchRetrieveResponse:
         """Returns the k best items for each of many queries."""
-        results = await self._retriever.retrieve(request, request.queries, self._deadline(context))
+        priority, deadline = priority_of(context.invocation_metadata()), self._deadline(context)
+        with self._admission.admitted(priority, len(request.queries), deadline):
+            results = await self._retriever.retrieve(request, request.queries, deadline)
         return query_service_pb2.BatchRetrieveResponse(results=results)
 
     # The stubs for the type checker know streams as generators alone.
@@ -86,16 +98,19 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         self, requests: AsyncIterator[query_service_pb2.StreamRetrieveRequest], context: _Context
     ) -> None:
         """Returns the k best items for each query of a stream, in the order of the queries."""
+        priority = priority_of(context.invocation_metadata(), otherwise=Priority.SHEDDABLE)
 
         async def answer(
             index: int, request: query_service_pb2.StreamRetrieveRequest
         ) -> query_service_pb2.StreamRetrieveResponse:
-            # The stream's own deadline, if any, may be hours away: what one query may take is not.
-            deadline = min(Deadline.after(self._default_timeout_s), self._deadline(context), key=Deadline.remaining_s)
             try:
                 if not request.HasField("retrieve"):
                     raise InvalidInputError("retrieve is not set; put the query there")
-                [response] = await self._retriever.retrieve(request.retrieve, [request.retrieve.query], deadline)
+                async with self._admission.admitted_in_turn(priority):
+                    # The stream's own deadline, if any, may be hours away: what one query may take is not.
+                    own = Deadline.after(self._default_timeout_s)
+                    deadline = min(own, self._deadline(context), key=Deadline.remaining_s)
+                    [response] = await self._retriever.retrieve(request.retrieve, [request.retrieve.query], deadline)
             except NotReadyError:
                 # Of a replica that has just started; it says nothing of the query.
                 raise
@@ -111,13 +126,17 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         self, request: query_service_pb2.EmbedRequest, context: _Context
     ) -> query_service_pb2.EmbedResponse:
         """Returns the embeddings of queries."""
-        return await self._retriever.embed(request.queries, self._deadline(context))
+        priority, deadline = priority_of(context.invocation_metadata()), self._deadline(context)
+        with self._admission.admitted(priority, len(request.queries), deadline):
+            return await self._retriever.embed(request.queries, deadline)
 
     async def Explain(  # noqa: N802
         self, request: query_service_pb2.ExplainRequest, context: _Context
     ) -> query_service_pb2.ExplainResponse:
         """Returns why an item is, or is not, among the best for a query."""
-        explanation = await self._explainer.explain(request, self._deadline(context))
+        priority, deadline = priority_of(context.invocation_metadata()), self._deadline(context)
+        with self._admission.admitted(priority, 1, deadline):
+            explanation = await self._explainer.explain(request, deadline)
         return query_service_pb2.ExplainResponse(
             finding=query_service_pb2.Finding.Value(f"FINDING_{explanation.finding.name}"),
             reason=explanation.reason,
@@ -199,6 +218,16 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
                 for place, count in sorted(self._traffic.under(revision).counts.items())
             ],
             micro_batches=_micro_batch_message(self._retriever.micro_batches.counts),
+            admission=query_service_pb2.AdmissionStatus(
+                limit=self._admission.bound,
+                in_flight=self._admission.in_flight,
+                queued=self._admission.num_queued,
+                rejected=[
+                    query_service_pb2.RejectedRequests(priority=priority.value, num_requests=num_requests)
+                    for priority, num_requests in self._admission.num_rejected.items()
+                ],
+                hopeless=self._admission.num_hopeless,
+            ),
         )
 
     def _deadline(self, context: _Context) -> Deadline:

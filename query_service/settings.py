@@ -50,6 +50,10 @@ class QuerySettings(BaseSettings):
     """Most queries of one `StreamRetrieve` that are under way, or whose answers wait to be taken."""
     max_micro_batch: int = Field(default=64, ge=1)
     """Most single requests that are answered together when many arrive at once; 1: each is answered by itself."""
+    max_in_flight: int = Field(default=1024, ge=1)
+    """Most queries that are being answered at once; what comes above is refused. The bound in force may be lower."""
+    target_latency_s: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """When every answer takes longer, or twice as long as a lone one, fewer requests are let in at once."""
     shadow_share: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
     """Share of the requests that a standby version answers too, beside the live one, to be compared; 0: none."""
     poll_interval_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)

@@ -20,6 +20,7 @@ from retrieval_client.answers import (
     VersionTraffic,
     WorkerStatus,
 )
+from retrieval_client.channel import Priority
 from retrieval_client.client import RetrievalClient
 from retrieval_client.client_asyncio import AsyncRetrievalClient
 from retrieval_client.errors import (
@@ -47,6 +48,7 @@ __all__ = [
     "Finding",
     "InvalidRequestError",
     "OverloadedError",
+    "Priority",
     "QueryFeature",
     "Retrieval",
     "RetrievalClient",

@@ -5,7 +5,7 @@ Deliberately does not know what is called.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from retrieval.query.v1 import query_service_pb2
 
@@ -49,6 +49,14 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.min_reconnect_backoff_ms", 2000),
 )
 
+Priority = Literal["critical", "default", "sheddable"]
+"""How much a request matters to a service that has more to do than it can."""
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+"""What goes with a request, by key."""
+
+_PRIORITY_KEY = "twotower-priority"
+
 _OF_SEVERAL = ("dns:", "ipv4:", "ipv6:")
 """What addresses that may stand for several replicas begin with."""
 
@@ -56,6 +64,19 @@ _OF_SEVERAL = ("dns:", "ipv4:", "ipv6:")
 def plain_options() -> Sequence[tuple[str, Any]]:
     """Of a channel that asks a replica whether or not it is ready."""
     return (*_OPTIONS, ("grpc.service_config", json.dumps(_SERVICE_CONFIG)))
+
+
+def metadata_of(priority: Priority | None) -> Metadata:
+    """What goes with each request.
+
+    Raises:
+        ValueError: there is no such priority.
+    """
+    if priority is None:
+        return ()
+    if priority not in get_args(Priority):
+        raise ValueError(f"priority = {priority!r}: give one of {', '.join(get_args(Priority))}, or None")
+    return ((_PRIORITY_KEY, priority),)
 
 
 def balanced_options(address: str, num_connections: int) -> Sequence[tuple[str, Any]]:

@@ -6,6 +6,7 @@ Deliberately thin: requests are built in `questions`, responses read in `answers
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -24,7 +25,7 @@ from retrieval_client.answers import (
     status_of,
 )
 from retrieval_client.batches import MAX_CALLS, batches
-from retrieval_client.channel import balanced_options, plain_options
+from retrieval_client.channel import Metadata, Priority, balanced_options, metadata_of, plain_options
 from retrieval_client.errors import RetrievalError, error_of, error_of_batch
 from retrieval_client.filters import Filter
 from retrieval_client.questions import (
@@ -43,7 +44,7 @@ _Response = TypeVar("_Response", covariant=True)
 
 
 class _Method(Protocol[_Request, _Response]):
-    def __call__(self, request: _Request, *, timeout: float | None) -> _Response: ...
+    def __call__(self, request: _Request, *, timeout: float | None, metadata: Metadata) -> _Response: ...
 
 
 class _Future(Protocol):
@@ -58,7 +59,9 @@ class RetrievalClient:
     deadline, after growing pauses.
     """
 
-    def __init__(self, address: str, timeout_s: float = 2.0, num_connections: int = 1) -> None:
+    def __init__(
+        self, address: str, timeout_s: float = 2.0, num_connections: int = 1, priority: Priority | None = None
+    ) -> None:
         """Connects at the first call.
 
         Args:
@@ -67,11 +70,14 @@ class RetrievalClient:
             timeout_s: Deadline of a call that has none of its own.
             num_connections: To each replica, used in turn: one connection keeps to one worker of a service that has
                 several (`--workers`), so give a few times as many as there are workers.
+            priority: Of all calls: what is sheddable is refused first when the service has too much to do, what is
+                critical last. None: the service's own choice, sheddable for `stream_retrieve`, else default.
 
         Raises:
-            ValueError: `num_connections` is below 1.
+            ValueError: `num_connections` is below 1, or there is no such priority.
         """
         self._timeout_s = timeout_s
+        self._metadata = metadata_of(priority)
         options = balanced_options(address, num_connections)
         self._channels = [grpc.insecure_channel(address, options=options) for _ in range(num_connections)]
         self._stubs = itertools.cycle([query_service_pb2_grpc.QueryServiceStub(channel) for channel in self._channels])
@@ -169,7 +175,7 @@ class RetrievalClient:
             for start, batch in batches(queries, batch_size):
                 request = batch_retrieve_request(batch, k, excluded_item_ids, min_shards, attribute_names, filter)
                 call = self._stub().BatchRetrieve.future(
-                    request, timeout=self._timeout_s if timeout_s is None else timeout_s
+                    request, timeout=self._timeout_s if timeout_s is None else timeout_s, metadata=self._metadata
                 )
                 under_way.append((start, call))
                 if len(under_way) == MAX_CALLS:
@@ -217,7 +223,7 @@ class RetrievalClient:
             stream_request(number, query, k, excluded_item_ids, min_shards, attribute_names, filter)
             for number, query in enumerate(queries)
         )
-        return Stream(self._stub().StreamRetrieve, requests).outcomes()
+        return Stream(partial(self._stub().StreamRetrieve, metadata=self._metadata), requests).outcomes()
 
     def explain(
         self,
@@ -282,7 +288,8 @@ class RetrievalClient:
 
     def _call(self, method: _Method[_Request, _Response], request: _Request, timeout_s: float | None) -> _Response:
         try:
-            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+            limit_s = self._timeout_s if timeout_s is None else timeout_s
+            return method(request, timeout=limit_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error.code(), error.details()) from error
 

@@ -7,6 +7,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -25,7 +26,7 @@ from retrieval_client.answers import (
     status_of,
 )
 from retrieval_client.batches import MAX_CALLS, batches
-from retrieval_client.channel import balanced_options, plain_options
+from retrieval_client.channel import Metadata, Priority, balanced_options, metadata_of, plain_options
 from retrieval_client.errors import RetrievalError, error_of, error_of_batch
 from retrieval_client.filters import Filter
 from retrieval_client.questions import (
@@ -44,7 +45,7 @@ _Response = TypeVar("_Response", covariant=True)
 
 
 class _Method(Protocol[_Request, _Response]):
-    def __call__(self, request: _Request, *, timeout: float | None) -> Awaitable[_Response]: ...
+    def __call__(self, request: _Request, *, timeout: float | None, metadata: Metadata) -> Awaitable[_Response]: ...
 
 
 class AsyncRetrievalClient:
@@ -54,7 +55,9 @@ class AsyncRetrievalClient:
     deadline, after growing pauses.
     """
 
-    def __init__(self, address: str, timeout_s: float = 2.0, num_connections: int = 1) -> None:
+    def __init__(
+        self, address: str, timeout_s: float = 2.0, num_connections: int = 1, priority: Priority | None = None
+    ) -> None:
         """Connects at the first call.
 
         Args:
@@ -63,13 +66,16 @@ class AsyncRetrievalClient:
             timeout_s: Deadline of a call that has none of its own.
             num_connections: To each replica, used in turn: one connection keeps to one worker of a service that has
                 several (`--workers`), so give a few times as many as there are workers.
+            priority: Of all calls: what is sheddable is refused first when the service has too much to do, what is
+                critical last. None: the service's own choice, sheddable for `stream_retrieve`, else default.
 
         Raises:
-            ValueError: `num_connections` is below 1.
+            ValueError: `num_connections` is below 1, or there is no such priority.
             RuntimeError: no event loop is running; make the client inside the coroutine that uses it.
         """
         asyncio.get_running_loop()
         self._timeout_s = timeout_s
+        self._metadata = metadata_of(priority)
         options = balanced_options(address, num_connections)
         self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(num_connections)]
         self._stubs = itertools.cycle([query_service_pb2_grpc.QueryServiceStub(channel) for channel in self._channels])
@@ -167,7 +173,9 @@ class AsyncRetrievalClient:
         async def ask(start: int, request: query_service_pb2.BatchRetrieveRequest) -> tuple[Retrieval, ...]:
             limit_s = self._timeout_s if timeout_s is None else timeout_s
             try:
-                return retrievals_of(await self._stub().BatchRetrieve(request, timeout=limit_s))
+                return retrievals_of(
+                    await self._stub().BatchRetrieve(request, timeout=limit_s, metadata=self._metadata)
+                )
             except grpc.aio.AioRpcError as error:
                 raise error_of_batch(start, error.code(), error.details()) from error
 
@@ -226,7 +234,7 @@ class AsyncRetrievalClient:
                 yield stream_request(number, query, k, excluded_item_ids, min_shards, attribute_names, filter)
                 number += 1
 
-        return AsyncStream(self._stub().StreamRetrieve, requests()).outcomes()
+        return AsyncStream(partial(self._stub().StreamRetrieve, metadata=self._metadata), requests()).outcomes()
 
     async def explain(
         self,
@@ -292,7 +300,8 @@ class AsyncRetrievalClient:
         self, method: _Method[_Request, _Response], request: _Request, timeout_s: float | None
     ) -> _Response:
         try:
-            return await method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+            limit_s = self._timeout_s if timeout_s is None else timeout_s
+            return await method(request, timeout=limit_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise error_of(error.code(), error.details()) from error
 

@@ -115,3 +115,14 @@ class OverloadedError(TwoTowerError):
     """More is asked at once than can be held; retry with backoff."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, pushback_ms: int | None = None) -> None:
+        """Says when to try again.
+
+        Args:
+            message: What there is too much of.
+            pushback_ms: How long the caller's gRPC waits before it tries again; negative: it does not; None: as it is
+                configured.
+        """
+        super().__init__(message)
+        self.pushback_ms = pushback_ms

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from towers.errors import InvalidInputError, TwoTowerError
+from towers.errors import InvalidInputError, OverloadedError, TwoTowerError
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
@@ -50,6 +51,8 @@ CHANNEL_OPTIONS: Sequence[tuple[str, Any]] = (
 
 _MAX_DETAILS = 500
 """Characters of an error's message: a client may refuse trailers above 8 KiB, and one takes up to 12 bytes."""
+
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +90,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await context.abort(*told(error, method))
+                await context.abort(*told(error, method), _trailers(error))
 
         wrapped = grpc.stream_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler
         self._wrapped[method] = wrapped(
@@ -96,6 +99,32 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
         return self._wrapped[method]
+
+
+def refusing(error_of: Callable[[float], TwoTowerError]) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler that fails a call of one request before the request is read.
+
+    Args:
+        error_of: Gives the error, from the seconds that the caller waits.
+    """
+
+    # A stream's handler reads what it wants. To set a status costs less than to raise an error.
+    async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:  # noqa: ARG001
+        remaining_s = context.time_remaining()
+        error = error_of(math.inf if remaining_s is None else remaining_s)
+        status, message = told(error, "a request that is refused")
+        context.set_code(status)
+        context.set_details(message)
+        context.set_trailing_metadata(_trailers(error))
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _trailers(error: Exception) -> tuple[tuple[str, str], ...]:
+    """Metadata that gRPC's own retries understand."""
+    if isinstance(error, OverloadedError) and error.pushback_ms is not None:
+        return ((_PUSHBACK_KEY, str(error.pushback_ms)),)
+    return ()
 
 
 def told(error: Exception, what: str) -> tuple[grpc.StatusCode, str]:
@@ -130,6 +159,7 @@ class RpcServer:
         grace_s: float,
         reflect: bool = False,
         shares_port: bool = False,
+        guards: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
         """Makes a server; nothing listens yet.
 
@@ -140,9 +170,10 @@ class RpcServer:
             grace_s: Seconds that calls in flight then have to end.
             reflect: Whether the reflection service is on.
             shares_port: Whether other processes listen there too; who starts them makes sure that no stranger does.
+            guards: See every call first.
         """
         options = _SHARED_PORT_OPTIONS if shares_port else SERVER_OPTIONS
-        self.grpc = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=options)
+        self.grpc = grpc.aio.server(interceptors=(*guards, ErrorInterceptor()), options=options)
         self._address = address
         self._service_name = service_name
         self._drain_s = drain_s

@@ -672,6 +672,7 @@ class GetStatusResponse(_message.Message):
     SHADOW_FIELD_NUMBER: _builtins.int
     TRAFFIC_FIELD_NUMBER: _builtins.int
     MICRO_BATCHES_FIELD_NUMBER: _builtins.int
+    ADMISSION_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     deployment_revision: _builtins.int
     """Revision of the deployment record it follows; 0 before the first."""
@@ -708,6 +709,10 @@ class GetStatusResponse(_message.Message):
         """Single requests that were answered together."""
 
     @_builtins.property
+    def admission(self) -> Global___AdmissionStatus:
+        """Who is let in."""
+
+    @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """Every process that shares this address, the one that answers included; empty where there is one. A
         connection stays with one of them, of which alone all else here is said.
@@ -726,15 +731,82 @@ class GetStatusResponse(_message.Message):
         shadow: Global___ShadowStatus | None = ...,
         traffic: _abc.Iterable[Global___VersionTraffic] | None = ...,
         micro_batches: Global___MicroBatchStatus | None = ...,
+        admission: Global___AdmissionStatus | None = ...,
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "micro_batches", b"micro_batches", "shadow", b"shadow"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "cache", b"cache", "micro_batches", b"micro_batches", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "deployment_revision", b"deployment_revision", "features", b"features", "live_version", b"live_version", "micro_batches", b"micro_batches", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "cache", b"cache", "deployment_revision", b"deployment_revision", "features", b"features", "live_version", b"live_version", "micro_batches", b"micro_batches", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class AdmissionStatus(_message.Message):
+    """How many queries are answered at once, and what was refused since the process started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    HOPELESS_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """Most queries at once, for now: it follows how long answers take."""
+    in_flight: _builtins.int
+    """Queries being answered."""
+    queued: _builtins.int
+    """Queries of streams that wait for room."""
+    hopeless: _builtins.int
+    """Requests whose time would not have sufficed for the fastest answer, failed with DEADLINE_EXCEEDED."""
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[Global___RejectedRequests]:
+        """Requests that found no room, failed with RESOURCE_EXHAUSTED."""
+
+    def __init__(
+        self,
+        *,
+        limit: _builtins.int = ...,
+        in_flight: _builtins.int = ...,
+        queued: _builtins.int = ...,
+        rejected: _abc.Iterable[Global___RejectedRequests] | None = ...,
+        hopeless: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hopeless", b"hopeless", "in_flight", b"in_flight", "limit", b"limit", "queued", b"queued", "rejected", b"rejected"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmissionStatus: _TypeAlias = AdmissionStatus  # noqa: Y015
+
+@_typing.final
+class RejectedRequests(_message.Message):
+    """Requests of one priority that found no room."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    priority: _builtins.str
+    """critical, default or sheddable: what the request's metadata say under twotower-priority."""
+    num_requests: _builtins.int
+    """How many."""
+    def __init__(
+        self,
+        *,
+        priority: _builtins.str = ...,
+        num_requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_requests", b"num_requests", "priority", b"priority"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RejectedRequests: _TypeAlias = RejectedRequests  # noqa: Y015
 
 @_typing.final
 class WorkerStatus(_message.Message):
