@@ -31,6 +31,7 @@ from index_service.plan import TuningGoal
 from index_service.recall import QuerySample, Truth
 from index_service.timing import searched_at
 from index_service.tune import tuned
+from towers.errors import TwoTowerError
 
 K = 100
 TARGET_RECALL = 0.95
@@ -326,7 +327,10 @@ def main() -> None:
 def _catalogues(options: argparse.Namespace) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Items and queries."""
     if options.store:
-        items, queries = of_checkpoint(options.store, options.version)
+        try:
+            items, queries = of_checkpoint(options.store, options.version)
+        except TwoTowerError as error:
+            raise SystemExit(f"error: {error}") from None
         yield items, queries[:_NUM_QUERIES]
         return
     for num_items, dim in [(20_000, 64)] if options.quick else itertools.product(options.sizes, options.dims):

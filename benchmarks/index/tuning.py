@@ -29,6 +29,7 @@ from index_service.plan import TuningGoal
 from index_service.recall import QuerySample, Truth
 from index_service.timing import latencies
 from index_service.tune import sweepable_types, tuned
+from towers.errors import TwoTowerError
 
 SIZES = (10_000, 100_000, 1_000_000)
 DIMS = (32, 64, 128)
@@ -200,7 +201,10 @@ def main() -> None:
 def _catalogues(options: argparse.Namespace) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], int]]:
     """Items, queries, and how many of the queries choose."""
     if options.store:
-        items, queries = of_checkpoint(options.store, options.version)
+        try:
+            items, queries = of_checkpoint(options.store, options.version)
+        except TwoTowerError as error:
+            raise SystemExit(f"error: {error}") from None
         yield items, queries, len(queries) // 2
         return
     for num_items in SIZES[:1] if options.quick else options.sizes:
