@@ -54,7 +54,7 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
         InvalidInputError: the store cannot be opened, or the address cannot be bound.
     """
     store = Store(settings.store)
-    shards = Shards(settings.shards)
+    shards = Shards(settings.shards, is_hedged=settings.hedge)
     versions = Versions(store, settings.poll_interval_s, shards.num_shards)
     cache = EmbeddingCache(settings.redis_url, settings.cache_ttl_s, settings.cache_timeout_s, settings.cache_dtype)
     offload = Offload()

@@ -5,6 +5,7 @@ Deliberately does not know how an answer is found.
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -190,6 +191,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
                     address=connection.address,
                     reachable=connection.is_reachable,
                     num_shards=connection.num_shards,
+                    slow=connection.is_slow,
                 )
                 for connection in self._shards.connections()
             ],
@@ -218,6 +220,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
                 for place, count in sorted(self._traffic.under(revision).counts.items())
             ],
             micro_batches=_micro_batch_message(self._retriever.micro_batches.counts),
+            fan_out=query_service_pb2.FanOutStatus(**asdict(self._shards.counts)),
             admission=query_service_pb2.AdmissionStatus(
                 limit=self._admission.bound,
                 in_flight=self._admission.in_flight,

@@ -54,6 +54,8 @@ class QuerySettings(BaseSettings):
     """Most queries that are being answered at once; what comes above is refused. The bound in force may be lower."""
     target_latency_s: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """When every answer takes longer, or twice as long as a lone one, fewer requests are let in at once."""
+    hedge: bool = True
+    """Whether a shard's replica that is late has another one asked beside it, and one that is slow stands back."""
     shadow_share: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
     """Share of the requests that a standby version answers too, beside the live one, to be compared; 0: none."""
     poll_interval_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)

@@ -177,12 +177,14 @@ def test_a_replica_that_failed_is_probed_by_one_request_at_a_time() -> None:
 
     def num_turns(replica: Replica, version: int, now_s: float) -> int:
         """Of eight requests at that moment."""
-        return [shard.next_two(version, now_s)[0] for _ in range(8)].count(replica)
+        return [shard.first(version, now_s) for _ in range(8)].count(replica)
 
     assert num_turns(first, 1, 0.0) == 4
     for _ in range(9):
         first.failed(now_s=0.0)
-    assert shard.next_two(1, 0.1) == (second, first)
+    assert shard.first(1, 0.1) is second
+    assert shard.other(second, 1, 0.1) is first
+    assert shard.spare(second, 1, 0.1) is None
     assert num_turns(first, 1, 0.4) == 0
     assert num_turns(first, 1, 0.6) == 1
     first.failed(now_s=0.6)
@@ -201,15 +203,17 @@ def test_a_replica_that_lacks_a_version_comes_last_for_that_version_alone() -> N
     shard = Shard([first, second])
     second.lacks(1, now_s=0.0)
     assert second.is_reachable
-    assert [shard.next_two(1, 0.9)[0] for _ in range(4)] == [first] * 4
-    assert [shard.next_two(2, 0.9)[0] for _ in range(4)].count(second) == 2
-    assert [shard.next_two(1, 1.1)[0] for _ in range(4)].count(second) == 2
+    assert [shard.first(1, 0.9) for _ in range(4)] == [first] * 4
+    assert [shard.first(2, 0.9) for _ in range(4)].count(second) == 2
+    assert [shard.first(1, 1.1) for _ in range(4)].count(second) == 2
 
 
 def test_a_single_replica_is_asked_whatever_happened() -> None:
     only = Replica("only", None)
     only.failed(now_s=0.0)
-    assert Shard([only]).next_two(1, 0.0) == (only, None)
+    shard = Shard([only])
+    assert shard.first(1, 0.0) is only
+    assert shard.other(only, 1, 0.0) is None
 
 
 def test_the_record_says_which_layout_answers(world: World, models: dict[int, ToyModel]) -> None:

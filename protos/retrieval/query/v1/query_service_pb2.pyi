@@ -673,6 +673,7 @@ class GetStatusResponse(_message.Message):
     TRAFFIC_FIELD_NUMBER: _builtins.int
     MICRO_BATCHES_FIELD_NUMBER: _builtins.int
     ADMISSION_FIELD_NUMBER: _builtins.int
+    FAN_OUT_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     deployment_revision: _builtins.int
     """Revision of the deployment record it follows; 0 before the first."""
@@ -713,6 +714,10 @@ class GetStatusResponse(_message.Message):
         """Who is let in."""
 
     @_builtins.property
+    def fan_out(self) -> Global___FanOutStatus:
+        """Calls to the shards."""
+
+    @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """Every process that shares this address, the one that answers included; empty where there is one. A
         connection stays with one of them, of which alone all else here is said.
@@ -732,11 +737,12 @@ class GetStatusResponse(_message.Message):
         traffic: _abc.Iterable[Global___VersionTraffic] | None = ...,
         micro_batches: Global___MicroBatchStatus | None = ...,
         admission: Global___AdmissionStatus | None = ...,
+        fan_out: Global___FanOutStatus | None = ...,
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "cache", b"cache", "micro_batches", b"micro_batches", "shadow", b"shadow"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "cache", b"cache", "fan_out", b"fan_out", "micro_batches", b"micro_batches", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "cache", b"cache", "deployment_revision", b"deployment_revision", "features", b"features", "live_version", b"live_version", "micro_batches", b"micro_batches", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "cache", b"cache", "deployment_revision", b"deployment_revision", "fan_out", b"fan_out", "features", b"features", "live_version", b"live_version", "micro_batches", b"micro_batches", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -781,6 +787,48 @@ class AdmissionStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdmissionStatus: _TypeAlias = AdmissionStatus  # noqa: Y015
+
+@_typing.final
+class FanOutStatus(_message.Message):
+    """Calls to the replicas of the shards, of all layouts, since the process started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_CALLS_FIELD_NUMBER: _builtins.int
+    NUM_HEDGES_FIELD_NUMBER: _builtins.int
+    NUM_HEDGES_WON_FIELD_NUMBER: _builtins.int
+    NUM_HEDGES_REFUSED_FIELD_NUMBER: _builtins.int
+    NUM_RETRIES_FIELD_NUMBER: _builtins.int
+    NUM_RETRIES_REFUSED_FIELD_NUMBER: _builtins.int
+    num_calls: _builtins.int
+    """First calls."""
+    num_hedges: _builtins.int
+    """Calls to another replica because the first one was late."""
+    num_hedges_won: _builtins.int
+    """Those that answered first."""
+    num_hedges_refused: _builtins.int
+    """Times that one was due, but more than a twentieth of the calls would have been."""
+    num_retries: _builtins.int
+    """Calls to another replica because the first one failed."""
+    num_retries_refused: _builtins.int
+    """Those that would have been too many."""
+    def __init__(
+        self,
+        *,
+        num_calls: _builtins.int = ...,
+        num_hedges: _builtins.int = ...,
+        num_hedges_won: _builtins.int = ...,
+        num_hedges_refused: _builtins.int = ...,
+        num_retries: _builtins.int = ...,
+        num_retries_refused: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_calls", b"num_calls", "num_hedges", b"num_hedges", "num_hedges_refused", b"num_hedges_refused", "num_hedges_won", b"num_hedges_won", "num_retries", b"num_retries", "num_retries_refused", b"num_retries_refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FanOutStatus: _TypeAlias = FanOutStatus  # noqa: Y015
 
 @_typing.final
 class RejectedRequests(_message.Message):
@@ -1024,6 +1072,7 @@ class ShardConnection(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
     NUM_SHARDS_FIELD_NUMBER: _builtins.int
+    SLOW_FIELD_NUMBER: _builtins.int
     shard: _builtins.int
     """Number of the shard, from 0."""
     address: _builtins.str
@@ -1032,6 +1081,8 @@ class ShardConnection(_message.Message):
     """Whether its last call was answered; true before the first."""
     num_shards: _builtins.int
     """Number of shards of the layout that it belongs to."""
+    slow: _builtins.bool
+    """Whether it takes so much longer than another replica of its shard that the others go first."""
     def __init__(
         self,
         *,
@@ -1039,10 +1090,11 @@ class ShardConnection(_message.Message):
         address: _builtins.str = ...,
         reachable: _builtins.bool = ...,
         num_shards: _builtins.int = ...,
+        slow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "num_shards", b"num_shards", "reachable", b"reachable", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "num_shards", b"num_shards", "reachable", b"reachable", "shard", b"shard", "slow", b"slow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
