@@ -7,7 +7,9 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -27,6 +29,8 @@ from towers.rpc import RpcServer, until_stopped
 from towers.store import Store
 
 CATALOGUE_POLL_S = 0.1
+_BACKGROUND_NICENESS = 10
+"""Of the threads that read the change log, embed, load and save: searches come first where cores are few."""
 _NO_CATALOGUE = "the catalogue is not loaded; load it: twotower catalog load items.parquet"
 
 _Value = TypeVar("_Value")
@@ -44,6 +48,9 @@ def run(settings: IndexSettings) -> None:
 
 async def _serve(settings: IndexSettings) -> None:
     return_freed_memory()
+    asyncio.get_running_loop().set_default_executor(
+        ThreadPoolExecutor(thread_name_prefix="background", initializer=_yield_to_searches)
+    )
     stopped = asyncio.create_task(until_stopped())
     store = Store(settings.store)
     server = RpcServer(
@@ -74,6 +81,12 @@ async def _serve(settings: IndexSettings) -> None:
         if isinstance(outcome, Exception):
             raise outcome
     _log.info("shard %d of %d has stopped", settings.shard, settings.num_shards)
+
+
+def _yield_to_searches() -> None:
+    # Elsewhere a thread has no priority of its own.
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
 
 
 def _num_cores() -> int:
