@@ -4,7 +4,9 @@ Deliberately does not know what is measured.
 """
 
 import asyncio
+import gc
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,6 +109,15 @@ def shards_with(
         yield World(stack, store, items, queries)
 
 
+@dataclass(frozen=True)
+class Vitals:
+    """What a query service holds."""
+
+    num_tasks: int
+    num_descriptors: int
+    resident_bytes: int
+
+
 class QueryProcess:
     """A query service in a process of its own."""
 
@@ -126,6 +137,12 @@ class QueryProcess:
     def pid(self) -> int:
         """Of the process."""
         return int(self._process.pid or 0)
+
+    def vitals(self) -> Vitals:
+        """What it holds now, once what is garbage is gone."""
+        self._connection.send(None)
+        vitals: Vitals = self._connection.recv()
+        return vitals
 
     def __enter__(self) -> Self:
         spawning = multiprocessing.get_context("spawn")
@@ -171,6 +188,16 @@ def _query(features: Mapping[str, str]) -> query_service_pb2.Query:
     )
 
 
+def num_descriptors(pid: int | str) -> int:
+    """Files, sockets and pipes that a process has open."""
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def resident_bytes(pid: int | str) -> int:
+    """Memory of a process that is in use."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _serve(connection: Connection, settings: Mapping[str, Any]) -> None:
     event_loop.run(_serve_until_closed(connection, settings))
 
@@ -178,7 +205,10 @@ def _serve(connection: Connection, settings: Mapping[str, Any]) -> None:
 async def _serve_until_closed(connection: Connection, settings: Mapping[str, Any]) -> None:
     async with serving(QuerySettings(**settings)) as port:
         connection.send(port)
-        try:
-            await asyncio.to_thread(connection.recv)
-        except EOFError:
-            return
+        while True:
+            try:
+                await asyncio.to_thread(connection.recv)
+            except EOFError:
+                return
+            gc.collect()
+            connection.send(Vitals(len(asyncio.all_tasks()), num_descriptors("self"), resident_bytes("self")))
