@@ -32,7 +32,8 @@ _MIN_SAMPLES = 5
 """Answers of an interval, below which it says nothing."""
 _SHRINK = 0.8
 _GROW = 1.1
-_LOWEST_BOUND = 16
+_LOWEST_BOUND = 64
+"""Shards that are slow for another reason than load are not made up for by refusing what they can answer."""
 _SLOWNESS = 2.0
 """Times that a lone answer takes: where this is longer than the target, it is what may be expected."""
 _SMOOTHING = 0.1

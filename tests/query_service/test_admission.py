@@ -88,21 +88,21 @@ def test_a_batch_counts_as_its_queries_but_fits_where_nothing_else_is_inside() -
 
 
 def test_the_bound_shrinks_while_every_answer_is_late_and_grows_when_somebody_is_refused(clock: Clock) -> None:
-    door = Admission(max_in_flight=100, target_s=0.1)
-    with inside(door, Priority.CRITICAL, 40):
+    door = Admission(max_in_flight=1000, target_s=0.1)
+    with inside(door, Priority.CRITICAL, 400):
         learn(door, clock, 0.2, 5)
-        assert door.bound == 64
+        assert door.bound == 640
         for _ in range(20):
             learn(door, clock, 0.2, 5)
-        assert door.bound == 16
+        assert door.bound == 64
         # One answer of an interval that is fast: a burst, no queue that stands.
         learn(door, clock, 0.01, 1)
         learn(door, clock, 0.2, 5)
-        assert door.bound == 16
+        assert door.bound == 64
         for _ in range(40):
             door.rejection(Priority.DEFAULT, remaining_s=1.0)
             learn(door, clock, 0.03, 5)
-        assert door.bound == 100
+        assert door.bound == 1000
     bound = door.bound
     learn(door, clock, 0.03, 50)
     assert door.bound == bound
