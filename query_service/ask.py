@@ -216,7 +216,9 @@ class Asking:
             for loser in tuple(asked.tries):
                 self._leave(loser)
                 loser.call.cancel()
-                asked.shard.lost(loser.replica, self._work, now_s - loser.started_s, now_s)
+                # A hedge that loses was asked later.
+                if not loser.is_hedge:
+                    asked.shard.lost(loser.replica, self._work, now_s - loser.started_s, now_s)
         return Reply(asked.number, replica, response)
 
     def _retry(self, asked: _Asked, failed: Replica) -> bool:

@@ -12,12 +12,11 @@ _RENEWED_EVERY = 16
 
 
 class Pace:
-    """Quantiles of a window of answers."""
+    """What nearly all answers of a window stayed below."""
 
     def __init__(self) -> None:
-        self.median_s: float | None = None
-        """None before there were enough answers."""
         self.p95_s: float | None = None
+        """None before there were enough answers."""
         self._latest: deque[float] = deque(maxlen=_WINDOW)
         self._num_new = 0
 
@@ -28,5 +27,4 @@ class Pace:
         if self._num_new >= _RENEWED_EVERY and len(self._latest) >= _FEWEST:
             self._num_new = 0
             in_order = sorted(self._latest)
-            self.median_s = in_order[len(in_order) // 2]
             self.p95_s = in_order[int(0.95 * len(in_order))]

@@ -17,8 +17,10 @@ _HEDGES_PER_CALL = 0.05
 _RETRIES_PER_CALL = 0.2
 _LEAST_RETRIES = 10
 """With no calls before them: a lone failure is always tried again."""
-_SLOW = 2.0
-"""A replica is slow when half of its answers take so many times as long as a sibling's p95."""
+_LATE = 2.0
+"""Times a sibling's p95."""
+_LATE_IN_A_ROW = 5
+"""Answers after which a replica is slow; one that answers as others do is late that often once in millions."""
 
 
 class _Rest:
@@ -68,6 +70,8 @@ class Replica:
         """Whether its last call was answered, if only with the word that it lacks the version."""
         self.num_overdue = 0
         """Calls under way that take longer than they usually do."""
+        self.num_late = 0
+        """Answers in a row that were late, or that another replica gave sooner although it was asked later."""
         self.slowness = _Rest(*_SLOW_PAUSES_S)
         self._failure = _Rest(*_FAILED_PAUSES_S)
         self._lacks_until_s: dict[int, float] = {}
@@ -115,8 +119,8 @@ class Shard:
 
     1. One that is not likely to answer comes last; before it one that is slow, and before that one with more calls
        overdue than others.
-    2. A replica is slow when half of its answers to some kind of work take much longer than nearly all of a
-       sibling's; not more than half of the replicas are.
+    2. A replica is slow when several answers in a row take much longer than nearly all of a sibling's to such work;
+       not more than half of the replicas are.
     3. Single replicas are just asked: nothing is counted and nothing measured.
     """
 
@@ -164,30 +168,29 @@ class Shard:
             return
         siblings = [sibling for sibling in self.replicas if sibling is not replica]
         usual_s = self._best_p95_s(siblings, work, version, now_s)
+        is_late = usual_s is not None and seconds > _LATE * usual_s
+        if not replica.slowness.is_on:
+            replica.pace(work).add(seconds)
+        self._judge(replica, is_late, now_s)
+
+    def lost(self, replica: Replica, work: Hashable, seconds: float, now_s: float) -> None:
+        """A replica had not answered after so long, when another one had that was asked later."""
+        if not replica.slowness.is_on:
+            replica.pace(work).add(seconds)
+        self._judge(replica, True, now_s)
+
+    def _judge(self, replica: Replica, is_late: bool, now_s: float) -> None:
+        replica.num_late = replica.num_late + 1 if is_late else 0
         if replica.slowness.is_on:
-            if usual_s is not None and seconds > _SLOW * usual_s:
+            if is_late:
                 replica.slowness.begin(now_s)
             else:
                 replica.slowness.end()
                 replica.forget_paces()
             return
-        pace = replica.pace(work)
-        pace.add(seconds)
-        num_slow = sum(sibling.slowness.is_on for sibling in siblings)
-        if (
-            usual_s is not None
-            and pace.median_s is not None
-            and pace.median_s > _SLOW * usual_s
-            and 2 * (num_slow + 1) <= len(self.replicas)
-        ):
+        num_slow = sum(sibling.slowness.is_on for sibling in self.replicas)
+        if replica.num_late >= _LATE_IN_A_ROW and 2 * (num_slow + 1) <= len(self.replicas):
             replica.slowness.begin(now_s)
-
-    def lost(self, replica: Replica, work: Hashable, seconds: float, now_s: float) -> None:
-        """A replica had not answered after so long, when another one had."""
-        if replica.slowness.is_on:
-            replica.slowness.begin(now_s)
-        else:
-            replica.pace(work).add(seconds)
 
     def _in_turn(self) -> Iterator[Replica]:
         yield from self.replicas[self._turn :]

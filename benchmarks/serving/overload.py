@@ -82,7 +82,7 @@ def measure(length: Length, folder: Path, console: Console) -> dict[str, Any]:
         "rounds": rounds,
         **figures,
         "goodput_reached": figures["goodput_share"] >= GOODPUT_SHARE,
-        "rejection_reached": figures["rejection_p99_s"] < REJECTION_S,
+        "rejection_reached": figures["rejected_share"] > 0 and figures["rejection_p99_s"] < REJECTION_S,
         "recovery_reached": max(each["recovery_s"] for each in rounds) < RECOVERY_S,
     }
 
@@ -147,7 +147,7 @@ def shown(figures: Mapping[str, Any]) -> Table:
         ("goodput of peak", f"{figures['goodput_share']:.0%}", f"at least {GOODPUT_SHARE:.0%}", "goodput_reached"),
         (
             "a rejection takes, p99 ms",
-            f"{1000 * figures['rejection_p99_s']:.1f}",
+            f"{1000 * figures['rejection_p99_s']:.1f}" if figures["rejected_share"] else "none was made",
             f"under {1000 * REJECTION_S:.0f}",
             "rejection_reached",
         ),

@@ -73,9 +73,17 @@ def test_a_failure_is_healed_by_another_replica_and_counted(world: World, models
 def test_a_slow_replica_stands_back_until_it_is_fast_again() -> None:
     slow, fast = Replica("slow", None), Replica("fast", None)
     shard = Shard([slow, fast])
-    for number in range(64):
-        shard.took(fast, "work", 0.01, version=1, now_s=0.01 * number)
-        shard.took(slow, "work", 0.2, version=1, now_s=0.01 * number)
+    for replica in (slow, fast):
+        for _ in range(64):
+            shard.took(replica, "work", 0.01, version=1, now_s=0.5)
+    for _ in range(4):
+        shard.took(slow, "work", 0.2, version=1, now_s=0.5)
+    shard.took(slow, "work", 0.01, version=1, now_s=0.5)
+    for _ in range(4):
+        shard.took(slow, "work", 0.2, version=1, now_s=0.5)
+    assert not slow.slowness.is_on
+    # Another one answered before it: as good as late.
+    shard.lost(slow, "work", 0.012, now_s=0.5)
     assert shard.patience_s("work", 1, 1.0) == 0.01
     assert slow.slowness.is_on
     assert {shard.first(1, 0.7) for _ in range(8)} == {fast}
@@ -124,6 +132,5 @@ def test_a_pace_is_that_of_the_latest_answers() -> None:
     assert pace.p95_s is None
     for number in range(200):
         pace.add(0.01 * (number % 100))
-    assert pace.median_s is not None
     assert pace.p95_s is not None
-    assert 0.3 < pace.median_s < 0.7 < 0.9 <= pace.p95_s < 1.0
+    assert 0.9 <= pace.p95_s < 1.0
