@@ -15,13 +15,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Any
 
 import grpc
 
 from query_service.deadline import Deadline
-from towers.errors import DeadlineError, InvalidInputError, OverloadedError, TwoTowerError
+from towers.errors import DeadlineError, InvalidInputError, OverloadedError
 from towers.rpc import refusing
 
 PRIORITY_KEY = "twotower-priority"
@@ -263,12 +262,9 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         if handler_call_details.method in self._guarded:
             try:
                 priority = priority_of(handler_call_details.invocation_metadata)
-            except InvalidInputError as error:
-                return refusing(partial(_same, error))
+            except InvalidInputError as caught:
+                error = caught
+                return refusing(lambda _: error)
             if not self._admission.has_room(priority):
                 return refusing(lambda remaining_s: self._admission.rejection(priority, remaining_s))
         return await continuation(handler_call_details)
-
-
-def _same(error: TwoTowerError, remaining_s: float) -> TwoTowerError:  # noqa: ARG001
-    return error
