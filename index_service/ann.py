@@ -56,6 +56,7 @@ class AnnIndex:
         """Whether a search with `k_factor_rf` does so."""
         self._refined: Any = faiss.IndexRefine(base, exact) if self.can_refine else None
         self._knobs = [(setting.k, parsed_parameters(setting.parameters)) for setting in plan.settings]
+        self._nprobes = [(k, knobs[NPROBE]) for k, knobs in self._knobs if NPROBE in knobs]
         self._limits = _limits(self._index)
         self._prepared = [self._search_of(knobs, None) for _, knobs in self._knobs]
 
@@ -89,12 +90,11 @@ class AnnIndex:
 
     def num_scanned(self, k: float) -> int:
         """How many rows a search for k looks at, on average; all where there are no lists to choose from."""
-        measured = [(setting_k, knobs[NPROBE]) for setting_k, knobs in self._knobs if NPROBE in knobs]
-        if not measured:
+        if not self._nprobes:
             return self.num_items
-        last_k, last_nprobe = measured[-1]
-        nprobe = measured[0][1] if k <= measured[0][0] else last_nprobe * k / last_k
-        for (below, fewer), (above, more) in pairwise(measured):
+        last_k, last_nprobe = self._nprobes[-1]
+        nprobe = self._nprobes[0][1] if k <= self._nprobes[0][0] else last_nprobe * k / last_k
+        for (below, fewer), (above, more) in pairwise(self._nprobes):
             if below < k <= above:
                 # Between two settings it grows with a power of k.
                 nprobe = fewer * (more / fewer) ** (math.log(k / below) / math.log(above / below))
@@ -154,6 +154,8 @@ class AnnIndex:
             return _nothing(len(embeddings), k)
         if rows is None:
             return self.exact.search(embeddings, k)  # type: ignore[no-any-return]
+        if len(embeddings) == 1:
+            return self._best_of_rows(embeddings, k, rows)
         # The selector holds only a pointer to the rows, which must outlive the search.
         selector = faiss.IDSelectorArray(rows)
         return self.exact.search(  # type: ignore[no-any-return]
@@ -161,6 +163,26 @@ class AnnIndex:
             k,
             params=faiss.SearchParameters(sel=selector),
         )
+
+    def _best_of_rows(
+        self, embeddings: NDArray[np.float32], k: int, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """`search_exactly` for one query; a partition of all scores takes a third of the time of FAISS's heap."""
+        rows = np.ascontiguousarray(rows)  # [C]
+        scores = np.empty(len(rows), dtype=np.float32)
+        self.exact.compute_distance_subset(
+            1, faiss.swig_ptr(embeddings), len(rows), faiss.swig_ptr(scores), faiss.swig_ptr(rows)
+        )
+        num_more = len(rows) - k
+        if num_more > 0:
+            best = np.argpartition(scores, num_more)[num_more:]
+            scores, rows = scores.take(best), rows.take(best)
+        order = np.argsort(-scores)
+        scores, rows = scores.take(order), rows.take(order)
+        if num_more < 0:
+            scores = np.append(scores, np.full(-num_more, -np.inf, dtype=np.float32))
+            rows = np.append(rows, np.full(-num_more, -1, dtype=np.int64))
+        return scores[None], rows[None]
 
     def rescored(
         self, embeddings: NDArray[np.float32], k: int, rows: NDArray[np.int64]

@@ -3,6 +3,7 @@
 Deliberately does not know why rows may be returned or not, nor when a search through lists is the best one.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,12 +36,14 @@ class Reach:
 
     counts: NDArray[np.int64]
     """`[L]` rows of the set in each list."""
-    penalties: NDArray[np.float32]
-    """`[L]` 0 for a list with rows of the set, minus infinity for one without."""
+    is_empty: NDArray[np.bool_] | None
+    """`[L]` whether a list has no row of the set; None where each has some."""
     num_filled: int
     """Lists with rows of the set."""
     is_even: bool
     """Whether every list has its share of the set, but for chance."""
+    selector: Any
+    """FAISS's selector of the set."""
 
 
 class Lists:
@@ -50,8 +53,9 @@ class Lists:
         """Takes an IVF index whose rows `number_by_list` has numbered, and its vectors `[N, D]`."""
         self._ivf = ivf
         self._vectors = vectors
-        sizes = _sizes(ivf)
-        self.starts = np.concatenate([[0], np.cumsum(sizes)])
+        self._sizes = _sizes(ivf)  # [L]
+        self._size_roots = np.sqrt(self._sizes)  # [L]
+        self.starts = np.concatenate([[0], np.cumsum(self._sizes)])
         """`[L + 1]` the first row of each list, and N."""
         self._centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)  # [L, D]
         self._reaches: WeakKeyDictionary[RowSet, Reach] = WeakKeyDictionary()
@@ -63,7 +67,7 @@ class Lists:
     @property
     def size_bytes(self) -> int:
         """Memory of what is kept here."""
-        return int(self.starts.nbytes + self._centroids.nbytes)
+        return int(self.starts.nbytes + self._sizes.nbytes + self._size_roots.nbytes + self._centroids.nbytes)
 
     def reach(self, allowed: RowSet) -> Reach:
         """Where the allowed rows are; made once for a set."""
@@ -71,13 +75,14 @@ class Lists:
         if reach is None:
             counts = allowed.counts_between(self.starts)  # [L]
             share = allowed.count / max(1, allowed.num_rows)
-            sizes = np.diff(self.starts)  # [L]
-            most_off = _CHANCE * np.sqrt(share * (1 - share) * sizes) + 1  # [L]
+            most_off = _CHANCE * math.sqrt(share * (1 - share)) * self._size_roots + 1  # [L]
+            num_filled = int(np.count_nonzero(counts))
             reach = Reach(
                 counts=counts,
-                penalties=np.where(counts > 0, np.float32(0), np.float32(-np.inf)),
-                num_filled=int(np.count_nonzero(counts)),
-                is_even=bool((np.abs(counts - share * sizes) <= most_off).all()),
+                is_empty=None if num_filled == len(counts) else counts == 0,
+                num_filled=num_filled,
+                is_even=bool((np.abs(counts - share * self._sizes) <= most_off).all()),
+                selector=faiss.IDSelectorBitmap(allowed.bitmap),
             )
             self._reaches[allowed] = reach
         return reach
@@ -98,7 +103,10 @@ class Lists:
         Returns:
             `[B, P]` lists, -1 where fewer are enough.
         """
-        order = np.argsort(-(scores + reach.penalties), axis=1)[:, : reach.num_filled]  # [B, F]
+        distances = -scores  # [B, L]
+        if reach.is_empty is not None:
+            distances[:, reach.is_empty] = np.inf
+        order = np.argsort(distances, axis=1)[:, : reach.num_filled]  # [B, F]
         held = reach.counts.take(order)  # [B, F]
         num_before = np.cumsum(held, axis=1) - held  # [B, F]
         num_wanted = np.count_nonzero(num_before < num_rows, axis=1)  # [B]
@@ -166,22 +174,39 @@ class Lists:
         shares[0] = 1
         return shares
 
+    def scan_nearest(
+        self, embeddings: NDArray[np.float32], k: int, num_lists: int, reach: Reach
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Finds the k best rows of a set in as many lists for every query, the nearest, whatever they hold.
+
+        Args:
+            embeddings: `[B, D]`, contiguous.
+            k: At least 1.
+            num_lists: At least 1.
+            reach: Of the set.
+
+        Returns:
+            `[B, K]` scores, falling, and rows; row -1 where fewer were found.
+        """
+        parameters = faiss.SearchParametersIVF(nprobe=min(num_lists, len(self._sizes)), sel=reach.selector)
+        return self._ivf.search(embeddings, k, params=parameters)  # type: ignore[no-any-return]
+
     def scan(
         self,
         embeddings: NDArray[np.float32],
         k: int,
         lists: NDArray[np.int64],
         list_scores: NDArray[np.float32],
-        selector: Any,
+        reach: Reach,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Finds the k best of the rows in some lists.
+        """Finds the k best rows of a set in some lists.
 
         Args:
             embeddings: `[B, D]`, contiguous.
             k: At least 1.
             lists: `[B, P]` lists for each query; -1 for none.
             list_scores: `[B, L]` the score of each list's centroid.
-            selector: FAISS selector of the rows that may be returned.
+            reach: Of the set.
 
         Returns:
             `[B, K]` scores, falling, and rows; row -1 where fewer were found.
@@ -202,7 +227,7 @@ class Lists:
             faiss.swig_ptr(scores),
             faiss.swig_ptr(rows),
             False,
-            faiss.SearchParametersIVF(nprobe=num_lists, sel=selector),
+            faiss.SearchParametersIVF(nprobe=num_lists, sel=reach.selector),
         )
         return scores, rows
 

@@ -19,7 +19,7 @@ from index_service.ann import AnnIndex
 from index_service.lists import Lists
 from index_service.row_set import RowSet
 
-_EVEN = 1.15
+_EVEN = 1.05
 """So many times what a search for k / share would look at: that was measured for few k, and not for this filter."""
 _UNEVEN = 1.6
 """So many times more is looked at where the filter has to do with the embedding: the rows nearest to the query may lie
@@ -111,17 +111,21 @@ def _through_lists(
     ann: AnnIndex, lists: Lists, embeddings: NDArray[np.float32], k: int, allowed: RowSet, num_wanted: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     reach = lists.reach(allowed)
-    num_wanted = round((_EVEN if reach.is_even else _UNEVEN) * num_wanted)
+    is_scanned = lists.can_scan and allowed.count >= _MOST * ann.num_items
+    num_rescored = ann.num_rescored(k) if lists.is_quantised else k
+    num_wanted = math.ceil((_EVEN if reach.is_even else _UNEVEN) * num_wanted)
+    if is_scanned and reach.is_even:
+        # As many lists for every query, as they hold as many allowed rows; FAISS then chooses them as well.
+        num_lists = math.ceil(num_wanted / allowed.count * len(reach.counts))
+        scores, rows = lists.scan_nearest(embeddings, num_rescored, num_lists, reach)
+        return ann.rescored(embeddings, k, rows) if num_rescored > k else (scores, rows)
     list_scores = lists.scores(embeddings)  # [B, L]
     nearest = lists.nearest(list_scores, reach, num_wanted)  # [B, P]
-    is_scanned = lists.can_scan and allowed.count >= _MOST * ann.num_items
     if is_scanned:
-        num_rescored = ann.num_rescored(k) if lists.is_quantised else k
-        if lists.is_quantised and not reach.is_even:
+        if lists.is_quantised:
             # What is left at the edge of a region may lie closer together than codes tell apart.
             num_rescored = max(num_rescored, k + k // 4 + _MORE_RESCORED)
-        selector = faiss.IDSelectorBitmap(allowed.bitmap)
-        scores, rows = lists.scan(embeddings, num_rescored, nearest, list_scores, selector)
+        scores, rows = lists.scan(embeddings, num_rescored, nearest, list_scores, reach)
         if num_rescored > k:
             scores, rows = ann.rescored(embeddings, k, rows)
     else:

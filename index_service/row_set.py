@@ -131,9 +131,10 @@ class RowSet:
         in_word = np.bitwise_count(self.words)
         before_word = np.zeros(len(in_word) + 1, dtype=np.int64)
         np.cumsum(in_word, out=before_word[1:])
-        words = np.append(self.words, np.uint64(0))[bounds >> 6]
-        within = np.bitwise_count(words & _LOWER_BITS[bounds & 63])
-        counts: NDArray[np.int64] = np.diff(before_word[bounds >> 6] + within)
+        word = bounds >> 6
+        # The end of the last range may be one word too far, of which it then takes no bit.
+        within = np.bitwise_count(self.words.take(word, mode="clip") & _LOWER_BITS.take(bounds & 63))
+        counts: NDArray[np.int64] = np.diff(before_word.take(word) + within)
         return counts
 
     def rows_between(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -2,14 +2,16 @@
 
 Deliberately in one process and without gRPC: the index of one shard, its attributes and its planner. Each filter is
 timed when it has never been seen and when it comes again, in turn with the search without a filter and with an exact
-scan of the rows that match, whose numbers are then known beforehand.
+scan of the rows that match, whose numbers are then known beforehand. Beside it stands FAISS's own search behind the
+same filter, its selector made beforehand, as wide as is right for k / selectivity without one: what time that takes is
+the floor, and its recall is what it costs to ask no further.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.index.vectors import clustered
+from benchmarks.index.vectors import clustered, of_checkpoint
 from index_service.build import artefact_of
 from index_service.embed import EmbeddedItems
 from index_service.filters import Range
@@ -29,6 +31,7 @@ from index_service.order import BuildOrder
 from index_service.plan import TuningGoal
 from index_service.shard import ShardIndex
 from towers.checkpoint import Manifest
+from towers.errors import TwoTowerError
 
 NUM_ITEMS = (100_000, 1_000_000)
 NUM_ITEMS_QUICK = (30_000,)
@@ -42,7 +45,7 @@ EXCLUSIONS = ((NEAREST, 1_000), (NEAREST, 10_000), (RANDOM, 50_000))
 _NUM_QUERIES = 100
 _NUM_REGIONS = 10
 _EXCLUSION_ROUNDS = 10
-_TIMES = ("unfiltered_s", "fresh_s", "repeated_s", "exact_s")
+_TIMES = ("unfiltered_s", "fresh_s", "repeated_s", "plain_s", "exact_s")
 _NUDGE = 1e-9
 """Makes a bound, and with it a filter, that was never seen before."""
 
@@ -94,15 +97,19 @@ def measure(index: ShardIndex, queries: NDArray[np.float32]) -> list[dict[str, A
 
 def _filtered(index: ShardIndex, queries: NDArray[np.float32], kind: str, selectivity: float) -> dict[str, Any]:
     random = np.random.default_rng(2)
-    seconds: dict[str, list[float]] = {"unfiltered": [], "fresh": [], "repeated": [], "exact": []}
+    seconds: dict[str, list[float]] = {"unfiltered": [], "fresh": [], "repeated": [], "plain": [], "exact": []}
     conditions = [_condition(kind, selectivity, number, random) for number in range(len(queries))]
-    hits = []
+    hits, plain_hits = [], []
+    effort_k = round(K / selectivity)
     for number, condition in enumerate(conditions):
         query = queries[number : number + 1]
         _timed(seconds["unfiltered"], index.search, query, K)
         hits.append(_timed(seconds["fresh"], index.search, query, K, condition))
         _timed(seconds["repeated"], index.search, query, K, condition)
-    recalls, is_full = [], []
+        selector = faiss.IDSelectorBitmap(index.attributes.matching(condition).bitmap)
+        _, plain = _timed(seconds["plain"], index.ann.search, query, K, effort_k, selector)
+        plain_hits.append(plain[0])
+    recalls, plain_recalls, is_full = [], [], []
     # Apart, as a long scan leaves cold caches to whatever comes next.
     for number, condition in enumerate(conditions):
         rows = np.flatnonzero(index.attributes.mask(condition))
@@ -110,6 +117,7 @@ def _filtered(index: ShardIndex, queries: NDArray[np.float32], kind: str, select
         _, expected = _timed(seconds["exact"], index.ann.search_exactly, query, K, rows)
         wanted = set(expected[0][expected[0] >= 0].tolist())
         recalls.append(len(wanted & set(hits[number].rows.tolist())) / len(wanted))
+        plain_recalls.append(len(wanted & set(plain_hits[number].tolist())) / len(wanted))
         is_full.append(len(hits[number].rows) == min(K, len(rows)))
     figures = {name: statistics.median(values) for name, values in seconds.items()}
     recall = statistics.mean(recalls)
@@ -119,6 +127,7 @@ def _filtered(index: ShardIndex, queries: NDArray[np.float32], kind: str, select
         "filter": kind,
         "selectivity": selectivity,
         "recall": recall,
+        "plain_recall": statistics.mean(plain_recalls),
         "full": all(is_full),
         **{f"{name}_s": value for name, value in figures.items()},
         "fresh_ratio": figures["fresh"] / figures["unfiltered"],
@@ -179,17 +188,19 @@ def _timed(seconds: list[float], work: Callable[..., Any], *arguments: Any) -> A
 def shown(figures: list[dict[str, Any]], index_type: str) -> Table:
     """The figures of one index as a table, times in microseconds."""
     table = Table(
-        title=f"{figures[0]['items']:,} items, dimension {DIM}, k {K}, {index_type}: µs of one query",
-        caption="new: a filter never seen before; exact: a scan of the matching rows",
+        title=f"{figures[0]['items']:,} items, k {K}, {index_type}: µs of one query",
+        caption="new: a filter never seen before; FAISS: its own filtered search; exact: a scan of the matching rows",
     )
-    for name in ("filter", "recall", "none", "new", "again", "exact", "new/none", "again/none", "target"):
+    columns = ("none", "new", "again", "FAISS", "exact", "new/none", "again/none", "target")
+    for name in ("filter", "recall", "FAISS's", *columns):
         table.add_column(name, justify="left" if name in ("filter", "target") else "right")
     for row in figures:
         times = [f"{row[name] * 1e6:.0f}" if name in row else "" for name in _TIMES]
         ratios = [f"{row[name]:.2f}" if name in row else "" for name in ("fresh_ratio", "repeated_ratio")]
         filter_name = f"{row['filter']} {row['selectivity']:.1%}" if "fresh_ratio" in row else row["filter"]
         target = "reached" if row["reached"] else "missed" if row["full"] else "not full"
-        table.add_row(filter_name, f"{row['recall']:.3f}", *times, *ratios, target)
+        plain_recall = f"{row['plain_recall']:.3f}" if "plain_recall" in row else ""
+        table.add_row(filter_name, f"{row['recall']:.3f}", plain_recall, *times, *ratios, target)
     return table
 
 
@@ -198,19 +209,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"{NUM_ITEMS_QUICK[0]:,} items only")
     parser.add_argument("--items", type=int, nargs="+", default=NUM_ITEMS, help="numbers of items", metavar="COUNT")
+    parser.add_argument("--seed", type=int, default=0, help="of the synthetic items")
+    parser.add_argument("--store", help="measure on a store's catalogue and checkpoint instead", metavar="URL")
+    parser.add_argument("--version", type=int, default=1, help="the checkpoint")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     figures: list[dict[str, Any]] = []
     index_types: list[str] = []
-    for num_items in NUM_ITEMS_QUICK if options.quick else options.items:
-        items, queries = clustered(num_items, DIM, _NUM_QUERIES)
+    for items, queries in _catalogues(options):
         index = indexed(items)
         index_types.append(index.manifest.index_type)
         measured = measure(index, queries)
-        Console().print(shown(measured, index.manifest.index_type))
+        Console(highlight=False, width=160).print(shown(measured, index.manifest.index_type))
         figures += measured
     if options.json:
         options.json.write_text(json.dumps({"index_types": index_types, "figures": figures}, indent=2) + "\n")
+
+
+def _catalogues(options: argparse.Namespace) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Items and queries."""
+    if options.store:
+        try:
+            items, queries = of_checkpoint(options.store, options.version)
+        except TwoTowerError as error:
+            raise SystemExit(f"error: {error}") from None
+        yield items, queries[:_NUM_QUERIES]
+        return
+    for num_items in NUM_ITEMS_QUICK if options.quick else options.items:
+        yield clustered(num_items, DIM, _NUM_QUERIES, options.seed)
 
 
 if __name__ == "__main__":
