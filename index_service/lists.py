@@ -65,6 +65,11 @@ class Lists:
         """Whether the scores of `scan` are not exact."""
 
     @property
+    def num_lists(self) -> int:
+        """L."""
+        return len(self._sizes)
+
+    @property
     def size_bytes(self) -> int:
         """Memory of what is kept here."""
         return int(self.starts.nbytes + self._sizes.nbytes + self._size_roots.nbytes + self._centroids.nbytes)
@@ -188,7 +193,7 @@ class Lists:
         Returns:
             `[B, K]` scores, falling, and rows; row -1 where fewer were found.
         """
-        parameters = faiss.SearchParametersIVF(nprobe=min(num_lists, len(self._sizes)), sel=reach.selector)
+        parameters = faiss.SearchParametersIVF(nprobe=min(num_lists, self.num_lists), sel=reach.selector)
         return self._ivf.search(embeddings, k, params=parameters)  # type: ignore[no-any-return]
 
     def scan(

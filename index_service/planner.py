@@ -31,8 +31,10 @@ search without the nearest 15,000 of 20,000 rows found 0.8 of what was left."""
 _LEFT = 0.3
 """Of what is usually missed may be expected elsewhere after it."""
 _MORE_RESCORED = 20
-_CHOICE_IN_ROWS = 3_000
-"""Choosing lists for a query takes about as long as scoring this many rows: 60 µs against 20 ns."""
+_CHOICE_IN_ROWS = 2_000
+_CHOICE_PER_LIST = 1.5
+"""Choosing lists for a query takes about as long as scoring so many rows, and so many more for each list: 60 µs for
+600 lists and 200 for 4,000, against 28 ns."""
 _MOST = 0.06
 """From this share of allowed rows on FAISS scans whole lists, for all queries at once; below it that would mostly skip
 forbidden rows, and allowed rows are fetched by number: at about this share both take the same time."""
@@ -102,7 +104,9 @@ def _among_allowed(
     # The k best of a share of the rows lie as far away as the k / share best of all.
     share = allowed.count / ann.num_items
     num_wanted = max(k, math.ceil(share * ann.num_scanned(k / share)))
-    if ann.lists is None or allowed.count <= num_wanted + _CHOICE_IN_ROWS:
+    if ann.lists is None:
+        return _exact(ann, embeddings, k, allowed)
+    if allowed.count <= num_wanted + _CHOICE_IN_ROWS + _CHOICE_PER_LIST * ann.lists.num_lists:
         return _exact(ann, embeddings, k, allowed)
     return _through_lists(ann, ann.lists, embeddings, k, allowed, num_wanted)
 
@@ -116,7 +120,7 @@ def _through_lists(
     num_wanted = math.ceil((_EVEN if reach.is_even else _UNEVEN) * num_wanted)
     if is_scanned and reach.is_even:
         # As many lists for every query, as they hold as many allowed rows; FAISS then chooses them as well.
-        num_lists = math.ceil(num_wanted / allowed.count * len(reach.counts))
+        num_lists = math.ceil(num_wanted / allowed.count * lists.num_lists)
         scores, rows = lists.scan_nearest(embeddings, num_rescored, num_lists, reach)
         return ann.rescored(embeddings, k, rows) if num_rescored > k else (scores, rows)
     list_scores = lists.scores(embeddings)  # [B, L]

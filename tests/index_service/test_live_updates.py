@@ -203,3 +203,44 @@ def test_a_bad_item_is_refused_and_the_rest_goes_on(world, start_shard):
     assert "items[0] '31': attribute 'year' is 1999.5, but an integer" in caught.value.details()
     until_searches(shard, 1, upsert(shard, "31", year=1999))
     assert shard.version(1).num_items == NUM_LOADED + 1
+
+
+def test_thousands_of_the_nearest_items_are_excluded_whichever_part_has_them(world, start_shard):
+    num_loaded, num_items, num_excluded = 4_000, 13_000, 5_000
+    model = toy_model(num_items=num_items)
+    world.load_items(toy_items(num_loaded))
+    world.go_live(world.publish(model))
+    shard = start_shard(world.url)
+    shard.until_state(1, "AVAILABLE")
+    until_searches(shard, 1, upsert(shard, *(str(number) for number in range(num_loaded + 1, num_items + 1))))
+    query = QUERIES[0]
+    nearest, _ = model.nearest(query, model.item_ids, num_excluded)
+    assert min(map(int, nearest)) <= num_loaded < max(map(int, nearest)), "both parts have some of them"
+    left = sorted(set(model.item_ids) - set(nearest), key=int)
+    result = shard.search(model.query_embeddings([query]), 1, 100, excluded_item_ids=[*nearest, "unknown"])
+    expected, _ = model.nearest(query, left, 100)
+    assert len(result.item_ids[0]) == 100
+    assert not set(result.item_ids[0]) & set(nearest)
+    assert len(set(result.item_ids[0]) & set(expected)) >= 95
+
+
+def test_an_item_that_cannot_be_embedded_is_quarantined_and_the_rest_goes_on(world, start_shard):
+    model = toy_model()
+    model.item_table[35 + 1] = np.nan  # Item "35".
+    world.load_items(toy_items(NUM_LOADED))
+    world.go_live(world.publish(model))
+    shard = start_shard(world.url)
+    shard.until_state(1, "AVAILABLE")
+    until_searches(shard, 1, upsert(shard, "34", "35", "36"))
+    assert_exact(shard, model, 1, [*map(str, range(1, NUM_LOADED + 1)), "34", "36"])
+    status = shard.version(1)
+    assert (status.num_items, status.num_quarantined) == (NUM_LOADED + 2, 1)
+    embedding = model.query_embeddings(QUERIES[:1]).astype("<f4").tobytes()
+    request = index_pb2.RankItemRequest(
+        checkpoint_version=1, query_embeddings=embedding, num_queries=1, item_id="35", shard=0, num_shards=1
+    )
+    ranked = shard.stub.RankItem(request, timeout=PATIENCE_S)
+    assert ranked.state == index_pb2.ITEM_STATE_QUARANTINED
+    assert ranked.quarantine_reason == "its embedding is not finite"
+    until_searches(shard, 1, delete(shard, "35"))
+    assert shard.version(1).num_quarantined == 0
