@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli import catalog, demonstration, deploy, explain, index, retrieve, serve, training, up
+from cli import catalog, demonstration, deploy, evaluate, explain, index, retrieve, serve, training, up
 
 app = typer.Typer(
     name="twotower",
@@ -38,6 +38,7 @@ def twotower(
 for _command in (
     training.train,
     training.checkpoints,
+    evaluate.evaluate,
     up.up,
     retrieve.retrieve,
     explain.explain,

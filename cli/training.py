@@ -5,6 +5,7 @@ Deliberately does not know how a model is trained.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,7 +94,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     metrics = list(dict.fromkeys(name for row in rows for name in row.get("metrics", {})))
     # The test split is what versions are compared by; the rest is in the JSON.
-    names = [name for name in metrics if name.startswith("test.") and "popularity" not in name] or metrics
+    names = [name for name in metrics if re.fullmatch(r"test\.(recall|ndcg)_at_\d+", name)] or metrics
     table = Table()
     for name in ("version", "created", "dim", *names):
         table.add_column(name, justify="right")

@@ -18,7 +18,7 @@ from towers.schema import FeatureSchema, SequenceFeature, parse_schema
 
 Activation = Literal["relu", "gelu", "silu"]
 
-_METRIC = re.compile(r"(recall|ndcg)_at_(\d+)")
+_METRIC = re.compile(r"(recall|ndcg|mrr)_at_(\d+)")
 _TABLES = ("data", "features", "model", "training", "evaluation")
 
 
@@ -106,7 +106,7 @@ class EvaluationConfig(_Table):
         ks = info.data.get("ks", ())
         match = _METRIC.fullmatch(metric)
         if match is None or (ks and int(match.group(2)) not in ks):
-            choices = [f"{name}_at_{k}" for k in ks for name in ("recall", "ndcg")]
+            choices = [f"{name}_at_{k}" for k in ks for name in ("recall", "ndcg", "mrr")]
             raise ValueError(f"use one of {choices}, or add its k to ks")
         return metric
 

@@ -1,26 +1,40 @@
-"""Exact ranking of all items: Recall@K and NDCG@K of held-out interactions.
+"""Exact ranking of all items, and what it says of each query: Recall, NDCG and MRR.
 
-Deliberately does not know how scores come about: towers and the popularity baseline are ranked by the same code.
+Deliberately does not know how scores come about: towers and baselines are ranked by the same code.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from towers.errors import InvalidInputError
+from trainer.questions import ItemLists
 
 ScoreRows = Callable[[int, int], Tensor]
 """Scores `[stop - start, I]` of queries start to stop against all items."""
 
-_ROWS_AT_ONCE = 256
+_SCORES_AT_ONCE = 1 << 24
+"""Of one block of queries: 64 MB."""
 
 
-def evaluate(
-    score_rows: ScoreRows, targets: Sequence[Sequence[int]], excluded: Sequence[Sequence[int]], ks: Sequence[int]
-) -> dict[str, float]:
-    """Mean Recall@K and NDCG@K over queries.
+@dataclass(frozen=True)
+class Ranking:
+    """Where Q queries rank their P targets among all I items that are not excluded."""
+
+    queries: NDArray[np.int64]
+    """`[P]` the query of each target, rising."""
+    ranks: NDArray[np.int64]
+    """`[P]` 0 is best; the depth of the ranking stands for all that are not among the best."""
+    shown: Mapping[int, NDArray[np.int64]]
+    """For each k, `[I]` the number of queries that have an item among their k best."""
+
+
+def evaluate(score_rows: ScoreRows, targets: ItemLists, excluded: ItemLists, ks: Sequence[int]) -> dict[str, float]:
+    """Means over queries of Recall, NDCG and MRR.
 
     Args:
         score_rows: Gives the scores.
@@ -29,82 +43,110 @@ def evaluate(
         ks: The cut-offs.
 
     Returns:
-        `recall_at_<k>` and `ndcg_at_<k>`.
+        `recall_at_<k>`, `ndcg_at_<k>` and `mrr_at_<k>`.
 
     Raises:
         InvalidInputError: a score is not finite, so there is no ranking.
     """
-    ranks = target_ranks(score_rows, targets, excluded)
-    metrics: dict[str, float] = {}
-    for k in ks:
-        metrics[f"recall_at_{k}"] = sum(recall_at_k(row, k) for row in ranks) / len(ranks)
-        metrics[f"ndcg_at_{k}"] = sum(ndcg_at_k(row, k) for row in ranks) / len(ranks)
-    return metrics
+    figures = query_figures(rank(score_rows, targets, excluded, ks), ks)
+    return {name: float(values.mean()) for name, values in figures.items()}
 
 
-def embedding_scores(query_embeddings: Tensor, item_embeddings: Tensor) -> ScoreRows:
-    """Inner products of queries `[Q, D]` with all items `[I, D]`."""
-    return lambda start, stop: query_embeddings[start:stop] @ item_embeddings.T
-
-
-def popularity_scores(item_counts: Tensor) -> ScoreRows:
-    """The baseline: every query scores an item by its number of training interactions `[I]`."""
-    # In double precision counts stay exact, so no two different ones tie.
-    scores = item_counts.to(torch.float64)
-    return lambda start, stop: scores.expand(stop - start, -1)
-
-
-def target_ranks(
-    score_rows: ScoreRows, targets: Sequence[Sequence[int]], excluded: Sequence[Sequence[int]]
-) -> list[list[int]]:
-    """Rank of each target among all items that are not excluded; 0 is best.
+def rank(score_rows: ScoreRows, targets: ItemLists, excluded: ItemLists, ks: Sequence[int]) -> Ranking:
+    """Ranks all items for each query, as deep as the largest k.
 
     Of items with equal scores the one with the lower row comes first, so a model that scores all alike gains nothing.
 
     Args:
         score_rows: Gives the scores.
-        targets: Rows of the target items of each query.
-        excluded: Rows of the items that leave each query's ranking, targets aside.
+        targets: Items to be found for each query.
+        excluded: Items that leave each query's ranking, targets aside.
+        ks: The cut-offs.
 
     Raises:
         InvalidInputError: a score is not finite.
     """
-    ranks: list[list[int]] = []
-    for start in range(0, len(targets), _ROWS_AT_ONCE):
-        stop = min(start + _ROWS_AT_ONCE, len(targets))
+    depth = max(ks)
+    num_items = score_rows(0, 1).shape[1]
+    num_rows = max(1, _SCORES_AT_ONCE // num_items)
+    shown = {k: np.zeros(num_items, dtype=np.int64) for k in ks}
+    ranks: list[NDArray[np.int64]] = []
+    for start in range(0, len(targets), num_rows):
+        stop = min(start + num_rows, len(targets))
         scores = score_rows(start, stop).clone()  # [b, I]
         if not torch.isfinite(scores).all():
             raise InvalidInputError("a score is not finite, so items cannot be ranked; lower [training] learning_rate")
-        wanted = _pairs(targets[start:stop])
-        wanted_scores = scores[wanted].unsqueeze(1)  # [P, 1]
-        scores[_pairs(excluded[start:stop])] = -torch.inf
-        scores[wanted] = wanted_scores.squeeze(1)
-        rows, items = wanted
-        others = scores[rows]  # [P, I]
-        is_before = torch.arange(scores.shape[1]) < items.unsqueeze(1)  # [P, I]
-        is_better = (others > wanted_scores) | ((others == wanted_scores) & is_before)
-        found = iter(is_better.sum(dim=1).tolist())
-        ranks.extend([next(found) for _ in row] for row in targets[start:stop])
-    return ranks
+        rows, items = map(torch.from_numpy, targets.pairs(start, stop))  # [p], [p]
+        wanted = scores[rows, items]
+        scores[tuple(map(torch.from_numpy, excluded.pairs(start, stop)))] = -torch.inf
+        scores[rows, items] = wanted
+        best = best_items(scores, depth)  # [b, depth], less where there are fewer items
+        places = torch.arange(best.shape[1])
+        is_target = best[rows] == items.unsqueeze(1)  # [p, depth]
+        ranks.append(torch.where(is_target, places, depth).amin(dim=1).numpy())
+        is_left = scores.gather(1, best) > -torch.inf
+        for k in ks:
+            shown[k] += np.bincount(best[:, :k][is_left[:, :k]].numpy(), minlength=num_items)
+    return Ranking(targets.pairs()[0], np.concatenate(ranks), shown)
 
 
-def recall_at_k(ranks: Sequence[int], k: int) -> float:
-    """Share of a query's targets that are among its first k."""
-    return sum(rank < k for rank in ranks) / len(ranks)
+def best_items(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k highest scores of each row, highest first, equal scores in the order of the columns.
 
+    Args:
+        scores: `[B, I]`
+        k: How many; all where there are fewer.
 
-def ndcg_at_k(ranks: Sequence[int], k: int) -> float:
-    """Discounted gain of a query's targets, divided by that of the best possible order (Järvelin and Kekäläinen 2002).
-
-    Gains are binary; rank r is discounted by 1 / log2(r + 2).
+    Returns:
+        `[B, k]`
     """
-    gain = sum(1 / math.log2(rank + 2) for rank in ranks if rank < k)
-    ideal = sum(1 / math.log2(rank + 2) for rank in range(min(k, len(ranks))))
-    return gain / ideal
+    values, items = torch.topk(scores, min(k + 1, scores.shape[1]))
+    items, _ = items[:, :k].sort(dim=1)
+    best = items.gather(1, scores.gather(1, items).argsort(dim=1, descending=True, stable=True))
+    if values.shape[1] > k:
+        # topk chooses freely among those that are level with the last one.
+        is_open = values[:, k - 1] == values[:, k]
+        best[is_open] = scores[is_open].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return best
 
 
-def _pairs(items: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Row numbers and items `[P]` of all entries of ragged lists."""
-    rows = [row for row, entries in enumerate(items) for _ in entries]
-    flat = [item for entries in items for item in entries]
-    return torch.tensor(rows, dtype=torch.int64), torch.tensor(flat, dtype=torch.int64)
+def query_figures(
+    ranking: Ranking, ks: Sequence[int], chosen: NDArray[np.bool_] | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Recall, NDCG and MRR at each k, of each query.
+
+    Recall: the share of a query's targets among its first k. NDCG: their discounted gain divided by that of the best
+    possible order; gains are binary, rank r is discounted by 1 / log2(r + 2) (Järvelin and Kekäläinen 2002). MRR: one
+    divided by the place of the first target, zero where none is among the first k.
+
+    Args:
+        ranking: The ranks.
+        ks: The cut-offs, none deeper than the ranking.
+        chosen: `[P]` targets to look at; all when left out. The others count neither as found nor as missed.
+
+    Returns:
+        `recall_at_<k>`, `ndcg_at_<k>` and `mrr_at_<k>`, one entry for each query with a chosen target.
+    """
+    queries, ranks = (
+        (ranking.queries, ranking.ranks)
+        if chosen is None
+        else (
+            ranking.queries[chosen],
+            ranking.ranks[chosen],
+        )
+    )
+    _, firsts, rows, counts = np.unique(queries, return_index=True, return_inverse=True, return_counts=True)
+    best_ranks = np.minimum.reduceat(ranks, firsts)
+    figures = {}
+    for k in ks:
+        gains = np.where(ranks < k, 1 / np.log2(ranks + 2), 0.0)
+        ideals = np.cumsum(1 / np.log2(np.arange(k) + 2))
+        figures[f"recall_at_{k}"] = np.bincount(rows, weights=ranks < k) / counts
+        figures[f"ndcg_at_{k}"] = np.bincount(rows, weights=gains) / ideals[np.minimum(counts, k) - 1]
+        figures[f"mrr_at_{k}"] = np.where(best_ranks < k, 1 / (best_ranks + 1), 0.0)
+    return figures
+
+
+def embedding_scores(query_embeddings: Tensor, item_embeddings: Tensor) -> ScoreRows:
+    """Inner products of queries `[Q, D]` with all items `[I, D]`."""
+    return lambda start, stop: query_embeddings[start:stop] @ item_embeddings.T

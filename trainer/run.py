@@ -24,12 +24,15 @@ from towers.errors import ConflictError, StoreUnavailableError
 from towers.features import FeatureEncoder
 from towers.schema import Owner
 from towers.store import Store
-from trainer import data, evaluate, export, losses, state
+from trainer import comparison, data, export, losses, state
+from trainer.baselines import baselines
 from trainer.config import TrainerConfig, read_config
 from trainer.encode import DataEncoder
+from trainer.evaluate import rank
 from trainer.fit import FittedSchema, fit_schema
 from trainer.model import TwoTowers
-from trainer.train import HeldOut, TrainingExamples, train_towers, validate
+from trainer.questions import ask
+from trainer.train import HeldOut, TrainingExamples, scores, train_towers, validate
 
 RUNS = Path("var/runs")
 
@@ -122,8 +125,9 @@ def train(
             console,
             resumed,
         )
-        metrics = _measure(model, prepared, config)
-        console.print(_figures(metrics, prepared, config))
+        found = _compare(model, prepared, config)
+        metrics = _metrics(found, validate(model, prepared.items, prepared.validation, config))
+        console.print(_figures(found, config))
         exported = _export(model, prepared)
         _say(console, _agreement(exported))
         draft = export.draft_checkpoint(
@@ -214,30 +218,31 @@ def code_revision() -> str:
 def _held_out(
     log: data.InteractionLog, positions: NDArray[np.int64], encoder: DataEncoder, config: TrainerConfig
 ) -> HeldOut:
-    def seen(position: int) -> list[int]:
-        items: list[int] = np.unique(log.items[log.starts[position] : position]).tolist()
-        return items
-
-    return HeldOut(
-        queries=encoder.queries(positions),
-        targets=[[item] for item in log.items[positions].tolist()],
-        excluded=[seen(position) if config.evaluation.exclude_seen else [] for position in positions.tolist()],
-    )
+    questions = ask(log, positions, config.evaluation.exclude_seen)
+    return HeldOut(encoder.queries(questions.positions), questions)
 
 
-def _measure(model: TwoTowers, prepared: Prepared, config: TrainerConfig) -> dict[str, float]:
-    """Figures of the best epoch on both held-out sets, and of the popularity baseline on the same test set."""
-    popularity = evaluate.evaluate(
-        evaluate.popularity_scores(prepared.item_counts),
-        prepared.test.targets,
-        prepared.test.excluded,
-        config.evaluation.ks,
-    )
-    return {
-        **_prefixed("validation.", validate(model, prepared.items, prepared.validation, config)),
-        **_prefixed("test.", validate(model, prepared.items, prepared.test, config)),
-        **_prefixed("test.popularity_", popularity),
+def _compare(model: TwoTowers, prepared: Prepared, config: TrainerConfig) -> comparison.Comparison:
+    """The best epoch and the baselines on the test set."""
+    questions, ks = prepared.test.questions, config.evaluation.ks
+    item_counts = prepared.item_counts.numpy()
+    models = {
+        **baselines(prepared.log, prepared.split.train, questions.positions, len(item_counts)),
+        comparison.TOWERS: scores(model, prepared.items, prepared.test),
     }
+    rankings = {
+        name: rank(model_scores, questions.targets, questions.excluded, ks) for name, model_scores in models.items()
+    }
+    return comparison.compare(rankings, ks, item_counts, questions.targets.items)
+
+
+def _metrics(found: comparison.Comparison, validation: Mapping[str, float]) -> dict[str, float]:
+    """What the manifest keeps of the figures: the towers' by their bare names, the baselines' behind their own."""
+    metrics = {f"validation.{name}": value for name, value in validation.items()}
+    for model, figures in found.figures.items():
+        prefix = "" if model == comparison.TOWERS else f"{model}_"
+        metrics |= {f"test.{prefix}{name}": figure.value for name, figure in figures.items()}
+    return metrics
 
 
 def _export(model: TwoTowers, prepared: Prepared) -> export.ExportedTowers:
@@ -304,21 +309,10 @@ def _agreement(exported: export.ExportedTowers) -> str:
     return f"Exported both towers; largest difference to the trained ones: {differences}"
 
 
-def _figures(metrics: Mapping[str, float], prepared: Prepared, config: TrainerConfig) -> Table:
+def _figures(found: comparison.Comparison, config: TrainerConfig) -> Table:
     seen = "seen items left out" if config.evaluation.exclude_seen else "seen items included"
-    table = Table(title=f"Test: last interaction of {len(prepared.split.test):,} users, all items ranked, {seen}")
-    table.add_column("")
-    names = [f"{name}_at_{k}" for k in config.evaluation.ks for name in ("recall", "ndcg")]
-    for k in config.evaluation.ks:
-        table.add_column(f"Recall@{k}", justify="right")
-        table.add_column(f"NDCG@{k}", justify="right")
-    for title, prefix in (("popularity", "test.popularity_"), ("two towers", "test.")):
-        table.add_row(title, *(f"{metrics[prefix + name]:.4f}" for name in names))
-    return table
-
-
-def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}{name}": value for name, value in metrics.items()}
+    title = f"Test: {found.num_targets:,} targets of {found.num_queries:,} users, all items ranked, {seen}"
+    return comparison.accuracy_table(found, config.evaluation.ks, title)
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +25,9 @@ from towers.errors import InvalidInputError
 from trainer import losses, state
 from trainer.config import TrainerConfig
 from trainer.encode import EncodedQueries, Tensors
-from trainer.evaluate import embedding_scores, evaluate
+from trainer.evaluate import ScoreRows, embedding_scores, evaluate
 from trainer.model import TowerNetwork, TwoTowers
+from trainer.questions import Questions
 
 _ROWS_AT_ONCE = 4096
 
@@ -47,9 +48,7 @@ class HeldOut:
     """Interactions to be predicted."""
 
     queries: EncodedQueries
-    targets: Sequence[Sequence[int]]
-    excluded: Sequence[Sequence[int]]
-    """Items that leave the ranking of each query."""
+    questions: Questions
 
 
 def train_towers(
@@ -151,9 +150,14 @@ def train_towers(
 
 
 def validate(model: TwoTowers, items: Tensors, held_out: HeldOut, config: TrainerConfig) -> dict[str, float]:
-    """Exact Recall@K and NDCG@K over all items."""
-    scores = embedding_scores(embed_queries(model.query, held_out.queries), embed_items(model.item, items))
-    return evaluate(scores, held_out.targets, held_out.excluded, config.evaluation.ks)
+    """Exact Recall, NDCG and MRR at each k, over all items."""
+    questions = held_out.questions
+    return evaluate(scores(model, items, held_out), questions.targets, questions.excluded, config.evaluation.ks)
+
+
+def scores(model: TwoTowers, items: Tensors, held_out: HeldOut) -> ScoreRows:
+    """Scores of all items for held-out queries."""
+    return embedding_scores(embed_queries(model.query, held_out.queries), embed_items(model.item, items))
 
 
 def embed_queries(tower: TowerNetwork, queries: EncodedQueries) -> Tensor:

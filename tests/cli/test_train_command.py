@@ -1,5 +1,6 @@
 """`twotower train` as users run it: a small real training, published; Ctrl-C; wrong input."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -62,6 +63,20 @@ def test_train_publishes(data: Path, tmp_path: Path, twotower: Twotower) -> None
     (row,) = twotower("checkpoints", "--store", store, "--json").json
     assert (row["version"], row["dim"]) == (1, 4)
     assert "test.recall_at_10" in row["metrics"]
+
+    outcome = twotower("evaluate", "1", str(data), "--store", store, "--json", str(tmp_path / "figures.json"))
+    assert (outcome.exit_code, outcome.err) == (0, "")
+    assert "Checkpoint 1: 20 targets of 20 users, all items ranked, seen items left out" in outcome.out
+    assert "item-kNN" in outcome.out
+    assert "history-length=1-4" in outcome.out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["version"] == 1
+    assert figures["models"]["two_towers"]["recall_at_10"]["value"] == pytest.approx(
+        row["metrics"]["test.recall_at_10"]
+    )
+    assert twotower("evaluate", "2", str(data), "--store", store).err == (
+        "error: checkpoint 2 is not published; published: [1]\n"
+    )
 
 
 def test_ctrl_c_leaves_a_run_to_resume(data: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from towers.schema import parse_schema
 from towers.store import Store
 from towers.tower import Tower
 from trainer import run
+from trainer.judge import evaluate_version
 from trainer.run import Interrupted, TrainingReport, train
 
 
@@ -99,8 +100,8 @@ def test_training_publishes_a_checkpoint_that_services_load(world: Path) -> None
     assert manifest.metrics == report.metrics
     assert manifest.metrics.keys() == {
         f"{prefix}{name}_at_{k}"
-        for prefix in ("validation.", "test.", "test.popularity_")
-        for name in ("recall", "ndcg")
+        for prefix in ("validation.", "test.", "test.popularity_", "test.item_knn_")
+        for name in ("recall", "ndcg", "mrr")
         for k in (5, 10)
     }
     assert manifest.dim == 12
@@ -119,6 +120,19 @@ def test_training_publishes_a_checkpoint_that_services_load(world: Path) -> None
     assert report.metrics["test.recall_at_10"] > 1.5 * report.metrics["test.popularity_recall_at_10"]
     for k in (5, 10):
         assert report.metrics[f"test.recall_at_{k}"] == pytest.approx(recall_of_published(world, 1, k))
+    judged = evaluate_version(checkpoints, 1, world).comparison
+    for name, figure in judged.figures["two_towers"].items():
+        assert report.metrics[f"test.{name}"] == pytest.approx(figure.value)
+        assert figure.low <= figure.value <= figure.high
+    assert judged.figures["item_knn"]["recall_at_5"].value == report.metrics["test.item_knn_recall_at_5"]
+    # Half of the users are of each kind, and each saw ten items of forty.
+    names = {part.name: part.num_queries for part in judged.slices}
+    assert names["history-length=5-9"] == 60
+    assert names["segment=segment 1"] == 15
+    assert names["tags=calm"] + names["tags="] == 30  # Item 4 is calm and has no tags.
+    assert "segment=" in names
+    assert not any(name.startswith(("user_id", "item_id")) for name in names)
+
     query_tower, item_tower = towers(world, 1)
     assert (query_tower.dim, item_tower.dim) == (12, 12)
     anyone = query_tower.embed_rows([{}, {"user_id": "nobody", "history": ["nothing"]}])

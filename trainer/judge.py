@@ -1,0 +1,66 @@
+"""`twotower evaluate`: a published checkpoint on a set of data, beside the baselines.
+
+Deliberately does not know the command line.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from towers.checkpoint import CheckpointStore
+from trainer import data
+from trainer.baselines import baselines
+from trainer.comparison import TOWERS, Comparison, compare
+from trainer.config import EvaluationConfig
+from trainer.evaluate import embedding_scores, rank
+from trainer.published import open_published
+from trainer.questions import ask
+from trainer.slices import all_slices
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a checkpoint came to."""
+
+    comparison: Comparison
+    options: EvaluationConfig
+    """Of the checkpoint's configuration."""
+    notes: Sequence[str]
+    """What of the data was left out and why."""
+
+
+def evaluate_version(checkpoints: CheckpointStore, version: int, folder: Path) -> Evaluation:
+    """Ranks all items for each user's held-out interactions, by the published towers and by the baselines.
+
+    Files, columns and split are those of the checkpoint's training configuration.
+
+    Args:
+        checkpoints: Holds the version.
+        version: The checkpoint.
+        folder: Where the data files are.
+
+    Raises:
+        NotFoundError: the version is not published.
+        CorruptArtefactError: a file of it is missing or damaged.
+        InvalidInputError: a mistake in the data, or the configuration cannot be read; names file, column and fix.
+    """
+    published = open_published(checkpoints, version)
+    config = published.config()
+    options = config.evaluation
+    tables = data.read_data(config.data, published.fitted.schema, folder)
+    split = data.split_by_time(tables.log)
+    questions = ask(tables.log, split.test, options.exclude_seen)
+    num_items = len(tables.items.ids)
+    item_counts = np.bincount(tables.log.items[split.train], minlength=num_items)
+    models = {
+        **baselines(tables.log, split.train, questions.positions, num_items),
+        TOWERS: embedding_scores(*published.embed(tables, questions.positions)),
+    }
+    rankings = {
+        name: rank(scores, questions.targets, questions.excluded, options.ks) for name, scores in models.items()
+    }
+    slices = all_slices(tables, published.fitted.schema, item_counts, questions)
+    comparison = compare(rankings, options.ks, item_counts, questions.targets.items, slices)
+    return Evaluation(comparison, options, tables.notes)
