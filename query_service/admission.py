@@ -76,14 +76,16 @@ class Visit:
 
     start_s: float
     """On the monotonic clock."""
+    num_queries: int
     is_alone: bool
+    """Nothing else was inside when it came."""
 
 
 class Admission:
     """Lets requests in.
 
     1. Queries inside are never more than the bound, which never exceeds what the setting allows.
-    2. Where even the fastest answer of a tenth of a second took longer than the target, requests queue: the bound
+    2. Where even the least slow answer of a tenth of a second took longer than the target, requests queue: the bound
        shrinks. Where none did and somebody was refused, it grows. That the fastest tells a queue that stands from a
        burst is from CoDel (Nichols and Jacobson, "Controlling Queue Delay", 2012); steps that multiply, from TCP.
     3. A priority may fill its share of the bound. A batch counts as its queries, but fits where nothing else is inside.
@@ -105,9 +107,12 @@ class Admission:
         self._target_s = target_s
         self._bound = float(max_in_flight)
         self._waiting: dict[Priority, deque[asyncio.Future[None]]] = {priority: deque() for priority in Priority}
-        self._alone_s = 0.0
+        self._alone_s: dict[int, float] = {}
+        """By bits of the number of queries: a batch takes longer than a query, the more so the larger it is."""
         self._interval_start_s = time.monotonic()
         self._fastest_s = math.inf
+        self._least_slow = math.inf
+        """Times what an answer to so many queries may take."""
         self._num_answered = 0
         self._num_refused = 0
         self._load = 1.0
@@ -146,8 +151,8 @@ class Admission:
         self.require_time(deadline)
         if not self.has_room(priority, num_queries):
             raise self.rejection(priority, deadline.remaining_s())
+        visit = Visit(time.monotonic(), num_queries, not self.in_flight)
         num_queries = min(num_queries, self.bound)
-        visit = Visit(time.monotonic(), not self.in_flight)
         self.in_flight += num_queries
         try:
             yield visit
@@ -177,25 +182,31 @@ class Admission:
             self._leave(1)
 
     def learn(self, visit: Visit) -> None:
-        """Learns from how long a single query took to be answered in full, just now.
+        """Learns from how long a request took to be answered in full, just now.
 
         Not from others: where a shard stalls, how long an answer takes follows from its deadline, not from the load.
         """
         now_s = time.monotonic()
-        seconds = now_s - visit.start_s
+        seconds, size = now_s - visit.start_s, visit.num_queries.bit_length()
         if visit.is_alone:
-            self._alone_s += (_SMOOTHING if self._alone_s else 1.0) * (seconds - self._alone_s)
-        self._fastest_s = min(self._fastest_s, seconds)
+            alone_s = self._alone_s.get(size, seconds)
+            self._alone_s[size] = alone_s + _SMOOTHING * (seconds - alone_s)
+        if visit.num_queries == 1:
+            # A batch says nothing of how fast a query may be.
+            self._fastest_s = min(self._fastest_s, seconds)
+        expected_s = max(self._target_s, _SLOWNESS * self._alone_s.get(size, 0.0))
+        self._least_slow = min(self._least_slow, seconds / expected_s)
         self._num_answered += 1
         if now_s < self._interval_start_s + _INTERVAL_S or self._num_answered < _MIN_SAMPLES:
             return
-        if self._fastest_s > max(self._target_s, _SLOWNESS * self._alone_s):
+        if self._least_slow > 1:
             self._bound = max(min(_LOWEST_BOUND, self._max_in_flight), _SHRINK * min(self._bound, 2 * self.in_flight))
         elif self._num_refused:
             self._bound = min(self._max_in_flight, _GROW * self._bound)
         self._load = 1 + self._num_refused / self._num_answered
-        self._estimate_s, self._estimate_end_s = self._fastest_s, now_s + _ESTIMATE_S
-        self._interval_start_s, self._fastest_s = now_s, math.inf
+        if self._fastest_s < math.inf:
+            self._estimate_s, self._estimate_end_s = self._fastest_s, now_s + _ESTIMATE_S
+        self._interval_start_s, self._fastest_s, self._least_slow = now_s, math.inf, math.inf
         self._num_answered = self._num_refused = 0
 
     def require_time(self, deadline: Deadline) -> None:

@@ -90,8 +90,10 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
     ) -> query_service_pb2.BatchRetrieveResponse:
         """Returns the k best items for each of many queries."""
         priority, deadline = priority_of(context.invocation_metadata()), self._deadline(context)
-        with self._admission.admitted(priority, len(request.queries), deadline):
+        with self._admission.admitted(priority, len(request.queries), deadline) as visit:
             results = await self._retriever.retrieve(request, request.queries, deadline)
+            if not any(result.degraded_reasons for result in results):
+                self._admission.learn(visit)
         return query_service_pb2.BatchRetrieveResponse(results=results)
 
     # The stubs for the type checker know streams as generators alone.

@@ -53,10 +53,12 @@ def refusal_of(door: Admission, priority: Priority, deadline: Deadline = LONG, n
     return caught.value
 
 
-def learn(door: Admission, clock: Clock, seconds: float, count: int) -> None:
+def learn(
+    door: Admission, clock: Clock, seconds: float, count: int, num_queries: int = 1, is_alone: bool = False
+) -> None:
     """As many answers, each of which took so long, one after another."""
     for _ in range(count):
-        visit = Visit(clock.now_s, is_alone=False)
+        visit = Visit(clock.now_s, num_queries, is_alone)
         clock.now_s += seconds
         door.learn(visit)
 
@@ -110,11 +112,24 @@ def test_the_bound_shrinks_while_every_answer_is_late_and_grows_when_somebody_is
 
 def test_a_service_that_is_slow_by_nature_is_not_taken_for_a_busy_one(clock: Clock) -> None:
     door = Admission(max_in_flight=100, target_s=0.1)
-    for _ in range(50):
-        visit = Visit(clock.now_s, is_alone=True)
-        clock.now_s += 0.3
-        door.learn(visit)
+    learn(door, clock, 0.3, 50, is_alone=True)
     assert door.bound == 100
+
+
+def test_a_batch_may_take_twice_what_one_of_its_size_takes_alone(clock: Clock) -> None:
+    door = Admission(max_in_flight=1000, target_s=0.1)
+    learn(door, clock, 0.03, 5, is_alone=True)
+    learn(door, clock, 0.3, 5, num_queries=64, is_alone=True)
+    with inside(door, Priority.CRITICAL, 400):
+        learn(door, clock, 0.5, 20, num_queries=64)
+        assert door.bound == 1000
+        # No single query was answered in the meantime, so nothing is known of how fast one may be.
+        clock.now_s += 2
+        door.require_time(_on(clock, Deadline(clock.now_s + 0.001)))
+        learn(door, clock, 0.7, 5, num_queries=64)
+        assert door.bound == 640
+        learn(door, clock, 0.7, 5, num_queries=2)
+        assert door.bound == 512
 
 
 def test_what_would_be_too_late_is_refused_until_the_estimate_is_forgotten(clock: Clock) -> None:
