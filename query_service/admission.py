@@ -156,6 +156,11 @@ class Admission:
         self.in_flight += num_queries
         try:
             yield visit
+        except (DeadlineError, asyncio.CancelledError):
+            # Where all are late there are no answers to learn from.
+            if time.monotonic() - visit.start_s > self._expected_s(visit):
+                self._judge(visit)
+            raise
         finally:
             self._leave(num_queries)
 
@@ -186,16 +191,24 @@ class Admission:
 
         Not from others: where a shard stalls, how long an answer takes follows from its deadline, not from the load.
         """
-        now_s = time.monotonic()
-        seconds, size = now_s - visit.start_s, visit.num_queries.bit_length()
+        seconds = time.monotonic() - visit.start_s
         if visit.is_alone:
+            size = visit.num_queries.bit_length()
             alone_s = self._alone_s.get(size, seconds)
             self._alone_s[size] = alone_s + _SMOOTHING * (seconds - alone_s)
         if visit.num_queries == 1:
             # A batch says nothing of how fast a query may be.
             self._fastest_s = min(self._fastest_s, seconds)
-        expected_s = max(self._target_s, _SLOWNESS * self._alone_s.get(size, 0.0))
-        self._least_slow = min(self._least_slow, seconds / expected_s)
+        self._judge(visit)
+
+    def _expected_s(self, visit: Visit) -> float:
+        """What an answer to so many queries may take."""
+        return max(self._target_s, _SLOWNESS * self._alone_s.get(visit.num_queries.bit_length(), 0.0))
+
+    def _judge(self, visit: Visit) -> None:
+        """Moves the bound when an interval is over."""
+        now_s = time.monotonic()
+        self._least_slow = min(self._least_slow, (now_s - visit.start_s) / self._expected_s(visit))
         self._num_answered += 1
         if now_s < self._interval_start_s + _INTERVAL_S or self._num_answered < _MIN_SAMPLES:
             return

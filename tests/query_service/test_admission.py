@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -114,6 +114,25 @@ def test_a_service_that_is_slow_by_nature_is_not_taken_for_a_busy_one(clock: Clo
     door = Admission(max_in_flight=100, target_s=0.1)
     learn(door, clock, 0.3, 50, is_alone=True)
     assert door.bound == 100
+
+
+def test_callers_who_gave_up_late_teach_that_too(clock: Clock) -> None:
+    door = Admission(max_in_flight=1000, target_s=0.1)
+
+    def give_up(seconds: float, error: type[BaseException]) -> None:
+        with suppress(error), door.admitted(Priority.DEFAULT, 1, LONG):
+            clock.now_s += seconds
+            raise error
+
+    with inside(door, Priority.CRITICAL, 400):
+        for _ in range(20):
+            give_up(0.05, asyncio.CancelledError)
+            give_up(0.3, InvalidInputError)
+        assert door.bound == 1000
+        for _ in range(3):
+            give_up(0.3, asyncio.CancelledError)
+            give_up(0.3, DeadlineError)
+        assert door.bound == 641
 
 
 def test_a_batch_may_take_twice_what_one_of_its_size_takes_alone(clock: Clock) -> None:
