@@ -86,7 +86,8 @@ class SequenceFeature(_Embedded):
     """Name of the item's categorical feature whose ids the sequence holds."""
     max_length: int = Field(default=50, ge=1, le=4096)
     """The newest this many are kept."""
-    pooling: Literal["mean"] = "mean"
+    pooling: Literal["mean", "attention"] = "mean"
+    """How the tower makes one vector of it; its ONNX graph holds that, so nobody who serves has to know."""
 
 
 class NumberFeature(_Feature):

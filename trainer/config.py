@@ -17,6 +17,7 @@ from towers.errors import InvalidInputError, InvalidSchemaError
 from towers.schema import FeatureSchema, SequenceFeature, parse_schema
 
 Activation = Literal["relu", "gelu", "silu"]
+Normalisation = Literal["none", "layer"]
 
 _METRIC = re.compile(r"(recall|ndcg|mrr)_at_(\d+)")
 _TABLES = ("data", "features", "model", "training", "evaluation")
@@ -57,6 +58,8 @@ class ModelConfig(_Table):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the concatenated features, and of each hidden layer, that is dropped in training."""
     activation: Activation = "relu"
+    normalisation: Normalisation = "none"
+    """Of each hidden layer, before its activation."""
 
     @field_validator("query_hidden", "item_hidden")
     @classmethod

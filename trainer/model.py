@@ -20,6 +20,7 @@ from towers.schema import (
 )
 from towers.tower import input_name
 from trainer.config import Activation, ModelConfig
+from trainer.pooling import AttentionPooling, MeanPooling
 
 _SQUARED_NORM_FLOOR = 1e-12
 _TABLE_STD = 0.05
@@ -27,10 +28,7 @@ _ACTIVATIONS: Mapping[Activation, type[nn.Module]] = {"relu": nn.ReLU, "gelu": n
 
 
 class TowerNetwork(nn.Module):
-    """One tower: each feature becomes a vector, all are concatenated, an MLP projects them, the result is normalised.
-
-    Lists are pooled by a masked gather and mean, which ONNX Runtime runs several times faster than an EmbeddingBag.
-    """
+    """One tower: each feature becomes a vector, all are concatenated, an MLP projects them to a unit vector."""
 
     def __init__(
         self,
@@ -47,7 +45,7 @@ class TowerNetwork(nn.Module):
             tables: Embedding tables by feature name; a table may be shared with the other tower.
             widths: Columns of the features without a table, by feature name.
             hidden: Widths of the hidden layers.
-            config: Dimension, dropout and activation.
+            config: The shape of the network.
         """
         super().__init__()
         self.features = tuple(features)
@@ -55,17 +53,23 @@ class TowerNetwork(nn.Module):
         self.tables = nn.ModuleDict(
             {input_name(feature.name): tables[feature.name] for feature in features if feature.name in tables}
         )
+        self.pooling = nn.ModuleDict(
+            {
+                input_name(feature.name): _pooling(feature, tables[feature.name].embedding_dim)
+                for feature in features
+                if isinstance(feature, CategoricalListFeature | SequenceFeature | TextFeature)
+            }
+        )
         layers: list[nn.Module] = [nn.Dropout(config.dropout)]
         width = sum(
             tables[feature.name].embedding_dim if feature.name in tables else widths[feature.name]
             for feature in features
         )
         for hidden_width in hidden:
-            layers += [
-                nn.Linear(width, hidden_width),
-                _ACTIVATIONS[config.activation](),
-                nn.Dropout(config.dropout),
-            ]
+            layers.append(nn.Linear(width, hidden_width))
+            if config.normalisation == "layer":
+                layers.append(nn.LayerNorm(hidden_width))
+            layers += [_ACTIVATIONS[config.activation](), nn.Dropout(config.dropout)]
             width = hidden_width
         layers.append(nn.Linear(width, config.dim))
         self.projection = nn.Sequential(*layers)
@@ -83,10 +87,11 @@ class TowerNetwork(nn.Module):
         return normalised(self.projection(torch.cat(parts, dim=1)))  # [B, D]
 
     def _vector(self, feature: Feature, values: Tensor) -> Tensor:
-        if input_name(feature.name) not in self.tables:
+        name = input_name(feature.name)
+        if name not in self.tables:
             return values  # [B, columns]
-        rows: Tensor = self.tables[input_name(feature.name)](values)  # [B, E] or [B, L, E]
-        return rows if rows.dim() == 2 else masked_mean(rows, values != 0)  # [B, E]
+        rows: Tensor = self.tables[name](values)  # [B, E] or [B, L, E]
+        return self.pooling[name](rows, values != 0) if name in self.pooling else rows  # [B, E]
 
 
 class TwoTowers(nn.Module):
@@ -124,20 +129,6 @@ class TwoTowers(nn.Module):
         self.item = TowerNetwork(schema.of("item"), tables, widths, config.item_hidden, config)
 
 
-def masked_mean(rows: Tensor, is_present: Tensor) -> Tensor:
-    """Mean over the entries that are there; zero where there is none.
-
-    Args:
-        rows: `[B, L, E]`
-        is_present: `[B, L]`
-
-    Returns:
-        `[B, E]`
-    """
-    weights = is_present.to(rows.dtype).unsqueeze(-1)  # [B, L, 1]
-    return (rows * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)  # [B, E]
-
-
 def normalised(embeddings: Tensor) -> Tensor:
     """Unit vectors `[B, D]`. A zero vector stays zero, and both its value and its gradient are finite."""
     return embeddings * torch.rsqrt(embeddings.square().sum(dim=1, keepdim=True) + _SQUARED_NORM_FLOOR)
@@ -151,6 +142,12 @@ def _table(feature: Feature, num_ids: int, config: ModelConfig) -> nn.Embedding:
     with torch.no_grad():
         table.weight[: 2 if has_unknown else 1] = 0.0
     return table
+
+
+def _pooling(feature: CategoricalListFeature | SequenceFeature | TextFeature, width: int) -> nn.Module:
+    if isinstance(feature, SequenceFeature) and feature.pooling == "attention":
+        return AttentionPooling(width, feature.max_length)
+    return MeanPooling()
 
 
 def _has_own_table(feature: Feature) -> bool:

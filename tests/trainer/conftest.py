@@ -205,13 +205,14 @@ def world(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def configure() -> Callable[..., TrainerConfig]:
-    """The toy configuration after changes such as `training__epochs=1`."""
+    """The toy configuration after changes such as `training__epochs=1` or, of a feature, `history__max_length=3`."""
 
     def changed(**changes: Any) -> TrainerConfig:
         content = tomllib.loads(CONFIG)
         for name, value in changes.items():
             table, _, key = name.partition("__")
-            content[table][key] = value
+            features = {feature["name"]: feature for feature in content["features"]}
+            (content | features)[table][key] = value
         return TrainerConfig.model_validate_json(json.dumps(content))
 
     return changed

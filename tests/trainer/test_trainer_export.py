@@ -31,6 +31,29 @@ def untrained(prepared: Prepared, config: TrainerConfig) -> TwoTowers:
     return model
 
 
+@pytest.mark.parametrize("pooling", ["attention"])
+def test_exported_histories_equal_torch_at_any_length(world: Path, configure: Configure, pooling: str) -> None:
+    """Toy histories hold at most 5 items; those of callers none, one, five, or more than are kept."""
+    config = configure(history__pooling=pooling, item_id__min_count=1, model__normalisation="layer")
+    prepared = prepare(config, world)
+    model = untrained(prepared, config).eval()
+    encoder = prepared.encoder.query
+    lengths = (0, 1, 2, 4, 5, 6, 200)
+    rows = [{"user_id": "1", "history": [str(item % 40) for item in range(length)]} for length in lengths]
+    golden = export.GoldenExamples(
+        features=rows, embeddings=export.torch_embeddings(model.query, encoder, rows).tolist()
+    )
+    tower = export.load_unpublished("query", export.export_onnx(model.query, encoder), golden, prepared.fitted)
+    assert export.difference(tower, model.query, encoder, rows) <= export.TOLERANCE
+    together = tower.embed_rows(rows)
+    for row, expected in zip(rows, together, strict=True):
+        np.testing.assert_allclose(tower.embed_rows([row])[0], expected, atol=1e-6)
+    # The order counts, and each length says something of its own.
+    backwards = tower.embed_rows([{**row, "history": row["history"][::-1]} for row in rows])
+    assert (np.abs(together - backwards).max(axis=1) > 1e-3).tolist() == [length > 1 for length in lengths]
+    assert len(np.unique(together[:-1].round(3), axis=0)) == len(lengths) - 1
+
+
 def test_exported_towers_equal_torch_for_every_kind_of_feature(
     prepared: Prepared, configure: Configure, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,13 +4,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from towers.features import FeatureEncoder
 from towers.schema import parse_schema
 from trainer import losses
 from trainer.config import ModelConfig
-from trainer.model import TwoTowers, masked_mean, normalised
+from trainer.model import TwoTowers, normalised
 from trainer.state import parameters_of
 
 SHARED_DIM = 16
@@ -62,12 +63,6 @@ def test_paired_features_are_told_apart() -> None:
     assert np.mean(recalls[-20:]) > 0.98
 
 
-def test_pooling_is_the_mean_of_what_is_there() -> None:
-    rows = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [50.0, 50.0]], [[9.0, 9.0]] * 3])
-    is_present = torch.tensor([[True, True, False], [False, False, False]])
-    assert masked_mean(rows, is_present).tolist() == [[2.0, 3.0], [0.0, 0.0]]
-
-
 def test_normalised_vectors_have_length_one_and_zero_stays_finite() -> None:
     vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-4, 0.0]], requires_grad=True)
     unit = normalised(vectors)
@@ -106,8 +101,10 @@ def test_missing_and_unknown_say_nothing_at_first() -> None:
     assert buckets.abs().sum(dim=1).gt(0).tolist() == [False, True, True, True]
 
 
-def test_padding_and_batch_do_not_change_an_embedding() -> None:
-    model, query, _ = build([HISTORY, ITEM], {"item_id": list("abcdef")}, ModelConfig(dim=4, query_hidden=(5,)))
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_padding_and_batch_do_not_change_an_embedding(pooling: str) -> None:
+    history = {**HISTORY, "pooling": pooling}
+    model, query, _ = build([history, ITEM], {"item_id": list("abcdef")}, ModelConfig(dim=4, query_hidden=(5,)))
     model.eval()
     rows = [{"history": list("ab")}, {"history": list("fedcba")}, {}]
 
@@ -128,6 +125,17 @@ def test_without_hidden_layers_a_tower_is_a_linear_projection() -> None:
     values = torch.tensor([[1.0, 2.0, 3.0]])
     linear = model.query.projection[-1]
     assert torch.equal(model.query({"v": values}), normalised(functional.linear(values, linear.weight, linear.bias)))
+
+
+def test_hidden_layers_are_normalised_before_their_activation() -> None:
+    vector = {"name": "v", "owner": "query", "kind": "vector", "size": 3}
+    config = ModelConfig(dim=2, query_hidden=(4, 5), activation="silu", normalisation="layer")
+    model, _, _ = build([vector, ITEM], {"item_id": ["a"]}, config)
+    layers = [layer for layer in model.query.projection if not isinstance(layer, nn.Dropout)]
+    assert [type(layer) for layer in layers] == [*[nn.Linear, nn.LayerNorm, nn.SiLU] * 2, nn.Linear]
+    first = layers[1](layers[0](torch.tensor([[100.0, -2.0, 3.0]])))
+    assert first.mean().item() == pytest.approx(0, abs=1e-5)
+    assert first.std(correction=0).item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["items", "type", "keys", "training"])

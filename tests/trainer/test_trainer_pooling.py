@@ -1,0 +1,74 @@
+import math
+
+import torch
+from torch import Tensor
+
+from trainer.pooling import AttentionPooling, MeanPooling
+
+
+def histories(*lengths: int, longest: int = 5, width: int = 4) -> tuple[Tensor, Tensor]:
+    """Random rows `[B, L, E]`, padding included, so that what is read of it shows; and which of them count."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(len(lengths), longest, width, generator=generator)
+    return rows, torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+
+
+def attention(max_length: int = 5) -> AttentionPooling:
+    torch.manual_seed(0)
+    pooling = AttentionPooling(4, max_length)
+    torch.nn.init.normal_(pooling.score_by_age.weight)
+    return pooling
+
+
+def test_the_mean_is_that_of_what_is_there() -> None:
+    rows = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [50.0, 50.0]], [[9.0, 9.0]] * 3])
+    is_present = torch.tensor([[True, True, False], [False, False, False]])
+    assert MeanPooling()(rows, is_present).tolist() == [[2.0, 3.0], [0.0, 0.0]]
+
+
+def test_attention_weighs_each_entry_by_what_it_is_and_by_its_age() -> None:
+    pooling = attention()
+    rows, is_present = histories(3, 5, 1)
+    pooled = pooling(rows, is_present)
+    for row, length, found in zip(rows, (3, 5, 1), pooled, strict=True):
+        weights = []
+        for position in range(length):
+            hidden = torch.tanh(pooling.hidden.weight @ row[position] + pooling.hidden.bias)
+            age = length - 1 - position
+            score = pooling.score.weight[0] @ hidden + pooling.score_by_age.weight[age, 0]
+            weights.append(math.exp(score.item()))
+        expected = sum(weight * entry for weight, entry in zip(weights, row, strict=False)) / sum(weights)
+        assert torch.allclose(found, torch.as_tensor(expected), atol=1e-6)
+
+
+def test_attention_over_nothing_is_zero_and_its_gradient_finite() -> None:
+    pooling = attention()
+    rows, is_present = histories(0, 2)
+    rows.requires_grad_()
+    pooled = pooling(rows, is_present)
+    assert pooled[0].tolist() == [0.0] * 4
+    pooled.square().sum().backward()
+    assert rows.grad is not None
+    assert torch.isfinite(rows.grad).all()
+    assert not rows.grad[0].any()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in pooling.parameters() if parameter.grad is not None)
+
+
+def test_attention_stays_finite_with_scores_of_any_size() -> None:
+    pooling = attention()
+    with torch.no_grad():
+        pooling.score.weight.mul_(1e6)
+        pooling.score_by_age.weight.sub_(1e6)
+    rows, is_present = histories(3, 5)
+    pooled = pooling(rows, is_present)
+    assert torch.isfinite(pooled).all()
+    assert (pooled.abs().sum(dim=1) > 0).all()
+
+
+def test_padding_is_never_read() -> None:
+    pooling = attention()
+    rows, is_present = histories(2, 0, 4)
+    expected = pooling(rows, is_present)
+    rows = rows.masked_fill(~is_present.unsqueeze(-1), 1e30)
+    assert torch.equal(pooling(rows, is_present), expected)
+    assert torch.allclose(pooling(rows[:, :4], is_present[:, :4]), expected, atol=1e-6)
