@@ -59,24 +59,30 @@ class Outcome:
         return any(failure.status is grpc.StatusCode.FAILED_PRECONDITION for failure in self.failures)
 
     def require(self, num_needed: int) -> None:
-        """Refuses an answer from too few shards.
+        """Refuses an answer from too few shards; raises what `shortfall` says."""
+        shortfall = self.shortfall(num_needed)
+        if shortfall is not None:
+            raise shortfall
+
+    def shortfall(self, num_needed: int) -> TwoTowerError | None:
+        """Why an answer is from too few shards.
 
         Args:
             num_needed: At least so many; all of them where the layout has fewer.
 
-        Raises:
-            DeadlineError: the shards that failed all ran out of time.
-            TooFewShardsError: otherwise.
+        Returns:
+            A `DeadlineError` where the shards that failed all ran out of time, otherwise a `TooFewShardsError`; None
+            where enough answered.
         """
         num_needed = min(num_needed, self.num_shards)
         if len(self.hits) >= num_needed:
-            return
+            return None
         message = f"{len(self.hits)} of {self.num_shards} shards answered and {num_needed} are needed: " + "; ".join(
             failure.reason for failure in self.failures
         )
         if all(failure.status is grpc.StatusCode.DEADLINE_EXCEEDED for failure in self.failures):
-            raise DeadlineError(message)
-        raise TooFewShardsError(message)
+            return DeadlineError(message)
+        return TooFewShardsError(message)
 
 
 @dataclass(frozen=True)

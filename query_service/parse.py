@@ -39,6 +39,8 @@ class Question:
     attribute_names: Sequence[str]
     filter: filter_pb2.Filter | None
     """Which items may be returned; None: all. The shards know what it means."""
+    may_fall_back: bool = False
+    """Whether something that no shard was asked for will do where no shard answers."""
     is_canary: bool = False
     """Whether the standby version is to answer, where it can."""
     num_requests: int = 1
@@ -87,6 +89,7 @@ def question_of(
         num_shards_needed=max(1, request.min_shards),
         attribute_names=request.attribute_names,
         filter=request.filter if request.HasField("filter") else None,
+        may_fall_back=not request.min_shards,
     )
 
 
@@ -94,6 +97,7 @@ def kind_of(question: Question) -> Hashable:
     """What a question asks besides its queries: those of equal kinds can be answered together."""
     return (
         question.is_canary,
+        question.may_fall_back,
         question.k,
         question.num_shards_needed,
         tuple(question.attribute_names),

@@ -1,11 +1,12 @@
 """One request from end to end: parse, pin the version, embed (through the cache), fan out, merge, reply.
 
-From the pin on, requests that ask alike go the way together. Deliberately knows nothing of how any of these is done.
+Where no shard answers there may be something to fall back on. From the pin on, requests that ask alike go the way
+together. Deliberately knows nothing of how any of these is done.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from retrieval.query.v1 import query_service_pb2
 from query_service.canary import is_canary
 from query_service.deadline import Deadline
 from query_service.embed import Embedded, Embedder
+from query_service.fallback import Fallback
 from query_service.fan_out import Outcome, Search, Shards
 from query_service.merge import Ranking, merge
 from query_service.micro_batch import MicroBatches
@@ -40,6 +42,8 @@ class Answer:
     outcome: Outcome
     started_s: float
     """On the clock of `time.perf_counter`."""
+    shortfall: TwoTowerError | None = None
+    """Why it is none, but where the question may fall back on something else."""
 
     @property
     def seconds(self) -> float:
@@ -61,6 +65,7 @@ class Retriever:
         offload: Offload,
         traffic: Traffic,
         shadow: Shadow,
+        fallback: Fallback,
         limits: Limits,
         max_micro_batch: int,
     ) -> None:
@@ -70,6 +75,7 @@ class Retriever:
         self._offload = offload
         self._traffic = traffic
         self._shadow = shadow
+        self._fallback = fallback
         self._limits = limits
         self.micro_batches: MicroBatches[Question, Responses] = MicroBatches(self._respond_to_each, max_micro_batch)
 
@@ -141,9 +147,37 @@ class Retriever:
     async def _respond(self, question: Question, deadline: Deadline) -> Responses:
         tally = self._traffic.under(self._versions.deployment.revision)
         answer = await self._answer(question, tally, deadline)
+        if answer.shortfall is not None:
+            return self._fallen_back(question, answer, answer.shortfall)
         rankings, responses = await self._offload.run(len(question.queries), _concluded, question, answer)
         tally.count(answer.pin.place, answer.seconds, is_error=False, num_requests=question.num_requests)
+        if answer.outcome.failures:
+            self._fallback.counts.num_partial += len(responses)
+        else:
+            self._fallback.count(answer.pin.version, rankings)
+            if self._fallback.keeps_answers:
+                for key, response in zip(_keys(question, answer), responses, strict=True):
+                    self._fallback.remember(key, response)
         self._let_standby_follow(question, answer, rankings)
+        return responses
+
+    def _fallen_back(self, question: Question, answer: Answer, shortfall: TwoTowerError) -> Responses:
+        """Answers by what was said before, or by what is popular; raises the shortfall where neither is known."""
+        reasons = [failure.reason for failure in answer.outcome.failures]
+        # What is popular may not meet a filter, and has no attributes here.
+        is_plain = question.filter is None and not question.attribute_names
+        responses = []
+        for key, is_cached in zip(_keys(question, answer), answer.embedded.is_cached, strict=True):
+            response = self._fallback.earlier(key)
+            if response is None and is_plain:
+                response = self._fallback.popular(answer.pin.version, question.k, question.excluded_item_ids)
+            if response is None:
+                raise shortfall
+            response.shards_answered = 0
+            response.shards_total = answer.outcome.num_shards
+            response.embedding_cached = is_cached
+            response.degraded_reasons.extend(reasons)
+            responses.append(response)
         return responses
 
     async def _answer(self, question: Question, tally: Tally, deadline: Deadline) -> Answer:
@@ -175,13 +209,18 @@ class Retriever:
                 if newer.place != pin.place:
                     pin = newer
                     answer = await self._ask(question, pin, deadline)
-            answer.outcome.require(question.num_shards_needed)
+            shortfall = answer.outcome.shortfall(question.num_shards_needed)
+            if shortfall is not None and not question.may_fall_back:
+                raise shortfall
         except InvalidInputError:
             raise
         except Exception:
             seconds = time.perf_counter() - started_s
             tally.count(pin.place, seconds, is_error=True, num_requests=question.num_requests)
             raise
+        if shortfall is not None:
+            tally.count(pin.place, answer.seconds, is_error=True, num_requests=question.num_requests)
+            return replace(answer, shortfall=shortfall)
         return answer
 
     async def _standby_answer(self, question: Question, deadline: Deadline) -> Answer:
@@ -243,6 +282,12 @@ class Retriever:
 def _concluded(question: Question, answer: Answer) -> tuple[list[Ranking], list[query_service_pb2.RetrieveResponse]]:
     rankings = _rankings(question, answer)
     return rankings, _responses(question, answer, rankings)
+
+
+def _keys(question: Question, answer: Answer) -> Iterator[Hashable]:
+    """For each query, all that its answer depends on but the catalogue."""
+    shared = kind_of(question)
+    return ((answer.pin.version, shared, embedding.tobytes()) for embedding in answer.embedded.embeddings)
 
 
 def _rankings(question: Question, answer: Answer) -> list[Ranking]:

@@ -13,6 +13,7 @@ from query_service.admission import Admission, AdmissionInterceptor
 from query_service.cache import EmbeddingCache
 from query_service.embed import Embedder
 from query_service.explain import Explainer
+from query_service.fallback import Fallback
 from query_service.fan_out import Shards
 from query_service.hot import HotQueries
 from query_service.offload import Offload
@@ -63,7 +64,10 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
     shadow = Shadow(settings.shadow_share, settings.default_timeout_s)
     hot = HotQueries(min(settings.cache_prewarm, settings.cache_entries))
     embedder = Embedder(cache, offload, hot, settings.cache_entries, settings.cache_bypass)
-    retriever = Retriever(versions, embedder, shards, offload, traffic, shadow, limits, settings.max_micro_batch)
+    fallback = Fallback(settings.stale_result_s, settings.stale_entries, settings.popular_items)
+    retriever = Retriever(
+        versions, embedder, shards, offload, traffic, shadow, fallback, limits, settings.max_micro_batch
+    )
     explainer = Explainer(versions, embedder, shards, limits)
     admission = Admission(settings.max_in_flight, settings.target_latency_s)
     server = RpcServer(
@@ -85,6 +89,7 @@ async def serving(settings: QuerySettings, siblings: Siblings | None = None) -> 
         embedder,
         traffic,
         shadow,
+        fallback.counts,
         settings.default_timeout_s,
         settings.max_stream_queries,
         server.draining,

@@ -16,6 +16,7 @@ from query_service.cache import EmbeddingCache
 from query_service.deadline import Deadline
 from query_service.embed import Embedder, Held
 from query_service.explain import Explainer
+from query_service.fallback import FallbackCounts
 from query_service.fan_out import Shards
 from query_service.micro_batch import BatchCounts
 from query_service.retrieve import Retriever
@@ -55,6 +56,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         embedder: Embedder,
         traffic: Traffic,
         shadow: Shadow,
+        fallback_counts: FallbackCounts,
         default_timeout_s: float,
         max_stream_queries: int,
         draining: asyncio.Event,
@@ -69,6 +71,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
         self._embedder = embedder
         self._traffic = traffic
         self._shadow = shadow
+        self._fallback_counts = fallback_counts
         self._default_timeout_s = default_timeout_s
         self._max_stream_queries = max_stream_queries
         self._draining = draining
@@ -223,6 +226,7 @@ class QueryService(query_service_pb2_grpc.QueryServiceServicer):
             ],
             micro_batches=_micro_batch_message(self._retriever.micro_batches.counts),
             fan_out=query_service_pb2.FanOutStatus(**asdict(self._shards.counts)),
+            degradation=query_service_pb2.DegradationStatus(**asdict(self._fallback_counts)),
             admission=query_service_pb2.AdmissionStatus(
                 limit=self._admission.bound,
                 in_flight=self._admission.in_flight,

@@ -56,6 +56,13 @@ class QuerySettings(BaseSettings):
     """When every answer takes longer, or twice as long as a lone one, fewer requests are let in at once."""
     hedge: bool = True
     """Whether a shard's replica that is late has another one asked beside it, and one that is slow stands back."""
+    stale_result_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """How old the last full answer to the same question may be that is given where no shard answers; 0: none is."""
+    stale_entries: int = Field(default=4096, ge=1, le=1_000_000)
+    """Most answers that are remembered for it, about 2 kB each at 100 items."""
+    popular_items: int = Field(default=1000, ge=0, le=100_000)
+    """Most items that are given, because the live version returned them most often lately, where nothing better is
+    known; 0: none, and the request fails."""
     shadow_share: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
     """Share of the requests that a standby version answers too, beside the live one, to be compared; 0: none."""
     poll_interval_s: float = Field(default=0.5, gt=0, allow_inf_nan=False)

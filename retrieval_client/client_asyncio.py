@@ -98,8 +98,8 @@ class AsyncRetrievalClient:
             features: Raw features by name.
             k: How many items, at least 1.
             excluded_item_ids: Items that must not be returned.
-            min_shards: Fail with `UnavailableError` when fewer shards than this answer; 0 means 1. Where the catalogue
-                has fewer, all of them.
+            min_shards: Fail with `UnavailableError` when fewer shards than this answer. Where the catalogue has fewer,
+                all of them. 0: any one will do, and where none answers, an earlier answer or popular items.
             attribute_names: Catalogue columns to return with each item.
             filter: Only items that meet this are returned.
             timeout_s: Deadline of this call.

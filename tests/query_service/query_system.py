@@ -122,6 +122,8 @@ async def running(
             "shadow_share": 0.0,
             # Another would embed queries that a test counts.
             "cache_prewarm": 0,
+            # Where no shard answers, most tests want to see it.
+            "popular_items": 0,
             "poll_interval_s": 0.02,
             "drain_s": 0,
             "cache_timeout_s": 5.0,

@@ -18,6 +18,7 @@ from toy_checkpoint import TOY_FEATURES, ToyModel, toy_items, toy_model
 from query_service.cache import EmbeddingCache
 from query_service.deadline import Deadline
 from query_service.embed import Embedder
+from query_service.fallback import Fallback
 from query_service.fan_out import Shards
 from query_service.hot import HotQueries
 from query_service.offload import Offload
@@ -225,7 +226,8 @@ def test_a_deadline_that_has_passed_starts_no_work(world: World, models: dict[in
             cache = EmbeddingCache("", ttl_s=1, timeout_s=1, dtype="float32")
             embedder = Embedder(cache, offload, HotQueries(0), num_entries=0, may_leave_out=False)
             shadow = Shadow(0.0, PATIENCE_S)
-            retriever = Retriever(versions, embedder, shards, offload, Traffic(), shadow, Limits(10, 10, 1), 1)
+            fallback, limits = Fallback(0.0, 1, 0), Limits(10, 10, 1)
+            retriever = Retriever(versions, embedder, shards, offload, Traffic(), shadow, fallback, limits, 1)
             following = asyncio.create_task(versions.follow())
             await versions.ready.wait()
             request = query_service_pb2.RetrieveRequest(query=query_of(QUERIES[0]), k=5)

@@ -153,8 +153,8 @@ class RetrieveRequest(_message.Message):
     k: _builtins.int
     """How many items to return, at least 1."""
     min_shards: _builtins.int
-    """Fail with UNAVAILABLE when fewer shards than this answer; 0 means 1. Where the catalogue has fewer,
-    all of them.
+    """Fail with UNAVAILABLE when fewer shards than this answer. Where the catalogue has fewer, all of them.
+    0: any one will do, and where none answers, an earlier answer or popular items, if there are any.
     """
     @_builtins.property
     def query(self) -> Global___Query:
@@ -226,7 +226,10 @@ class RetrieveResponse(_message.Message):
 
     @_builtins.property
     def degraded_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why the answer is less than full; empty for a full answer."""
+        """Why the answer is less than full; empty for a full answer. Where no shard answered, the first one begins
+        with "stale_result:" (an earlier answer to the same question) or "popular_items:" (whatever was asked;
+        the scores are 0).
+        """
 
     def __init__(
         self,
@@ -263,8 +266,8 @@ class BatchRetrieveRequest(_message.Message):
     k: _builtins.int
     """How many items to return for each query, at least 1."""
     min_shards: _builtins.int
-    """Fail with UNAVAILABLE when fewer shards than this answer; 0 means 1. Where the catalogue has fewer,
-    all of them.
+    """Fail with UNAVAILABLE when fewer shards than this answer. Where the catalogue has fewer, all of them.
+    0: any one will do, and where none answers, an earlier answer or popular items, if there are any.
     """
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Query]:
@@ -674,6 +677,7 @@ class GetStatusResponse(_message.Message):
     MICRO_BATCHES_FIELD_NUMBER: _builtins.int
     ADMISSION_FIELD_NUMBER: _builtins.int
     FAN_OUT_FIELD_NUMBER: _builtins.int
+    DEGRADATION_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     deployment_revision: _builtins.int
     """Revision of the deployment record it follows; 0 before the first."""
@@ -718,6 +722,10 @@ class GetStatusResponse(_message.Message):
         """Calls to the shards."""
 
     @_builtins.property
+    def degradation(self) -> Global___DegradationStatus:
+        """Answers that were less than full."""
+
+    @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """Every process that shares this address, the one that answers included; empty where there is one. A
         connection stays with one of them, of which alone all else here is said.
@@ -738,11 +746,12 @@ class GetStatusResponse(_message.Message):
         micro_batches: Global___MicroBatchStatus | None = ...,
         admission: Global___AdmissionStatus | None = ...,
         fan_out: Global___FanOutStatus | None = ...,
+        degradation: Global___DegradationStatus | None = ...,
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "cache", b"cache", "fan_out", b"fan_out", "micro_batches", b"micro_batches", "shadow", b"shadow"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "cache", b"cache", "degradation", b"degradation", "fan_out", b"fan_out", "micro_batches", b"micro_batches", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "cache", b"cache", "deployment_revision", b"deployment_revision", "fan_out", b"fan_out", "features", b"features", "live_version", b"live_version", "micro_batches", b"micro_batches", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "cache", b"cache", "degradation", b"degradation", "deployment_revision", b"deployment_revision", "fan_out", b"fan_out", "features", b"features", "live_version", b"live_version", "micro_batches", b"micro_batches", "shadow", b"shadow", "shards", b"shards", "standby_version", b"standby_version", "towers", b"towers", "traffic", b"traffic", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -787,6 +796,36 @@ class AdmissionStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdmissionStatus: _TypeAlias = AdmissionStatus  # noqa: Y015
+
+@_typing.final
+class DegradationStatus(_message.Message):
+    """Queries whose answers were less than full, since the process started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_PARTIAL_FIELD_NUMBER: _builtins.int
+    NUM_STALE_FIELD_NUMBER: _builtins.int
+    NUM_POPULAR_FIELD_NUMBER: _builtins.int
+    num_partial: _builtins.int
+    """Answered by some of the shards."""
+    num_stale: _builtins.int
+    """Answered by what was said before to the same question."""
+    num_popular: _builtins.int
+    """Answered by what is popular."""
+    def __init__(
+        self,
+        *,
+        num_partial: _builtins.int = ...,
+        num_stale: _builtins.int = ...,
+        num_popular: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_partial", b"num_partial", "num_popular", b"num_popular", "num_stale", b"num_stale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DegradationStatus: _TypeAlias = DegradationStatus  # noqa: Y015
 
 @_typing.final
 class FanOutStatus(_message.Message):
