@@ -192,6 +192,8 @@ class Retriever:
             seconds = time.perf_counter() - started_s
             # What the live version fails at too says nothing against the standby version.
             answer = await self._live_answer(question, tally, deadline)
+            if answer.shortfall is not None:
+                return answer
             if not tally.num_errors(standby):
                 is_bug = not isinstance(error, TwoTowerError)
                 _log.warning("version %d fails as a canary: %s", standby.version, error, exc_info=is_bug)

@@ -26,6 +26,7 @@ COMMANDS = [
     "up",
     "retrieve",
     "explain",
+    "evaluate",
     "status",
     "stage",
     "promote",

@@ -335,8 +335,8 @@ def test_a_shard_that_stalls_is_not_taken_for_overload(world: World, models: dic
     async def check() -> None:
         async with running(world, models, target_latency_s=0.01) as system:
             system.shards[0].delay_s = 10 * PATIENCE_S
-            for _ in range(4):
-                answers = await asyncio.gather(*(system.retrieve(FEATURES, timeout=0.3) for _ in range(8)))
+            for _ in range(2):
+                answers = await asyncio.gather(*(system.retrieve(FEATURES, timeout=1.0) for _ in range(8)))
                 assert all(answer.degraded_reasons for answer in answers)
             assert (await system.status()).admission.limit == 1024
 
