@@ -172,6 +172,7 @@ def measure(sizes: Sizes, folder: Path, console: Console) -> dict[str, Any]:
     }
     figures["reached"] = {
         "0 errors": figures["errors"] == 0,
+        "0 partial": figures["partial"] == 0,
         "0 mixed": figures["mixed"] == 0 and caught == planted,
         f"{sizes.min_answers:,} answers": figures["answers"] >= sizes.min_answers,
         f"p99 ratio {P99_RATIO}": figures["p99_ratio"] <= P99_RATIO,
@@ -287,8 +288,12 @@ def fault_of(answer: Mapping[str, Any], oracles: Mapping[int, ExactSearch]) -> s
     if answer["version"] not in oracles:
         return f"version {answer['version']} was never published"
     if answer["shards_answered"] != answer["shards_total"]:
-        return f"{answer['shards_answered']} of {answer['shards_total']} shards answered"
+        return _partial(answer)
     return oracles[answer["version"]].fault(answer["query"], answer["item_ids"], answer["scores"], K)
+
+
+def _partial(answer: Mapping[str, Any]) -> str:
+    return f"{answer['shards_answered']} of {answer['shards_total']} shards answered"
 
 
 def planted_faults(answers: pa.Table, oracles: Mapping[int, ExactSearch]) -> tuple[int, int]:
@@ -312,13 +317,16 @@ def planted_faults(answers: pa.Table, oracles: Mapping[int, ExactSearch]) -> tup
 
 
 def _judged(answers: pa.Table, oracles: Mapping[int, ExactSearch], swaps: Swaps) -> dict[str, Any]:
-    num_errors = num_mixed = 0
+    num_errors = num_partial = num_mixed = 0
     first = ""
     for batch in answers.to_batches(max_chunksize=10_000):
         for answer in batch.to_pylist():
             if answer["error"]:
                 num_errors += 1
                 first = first or answer["error"]
+            elif answer["shards_answered"] < answer["shards_total"]:
+                num_partial += 1
+                first = first or _partial(answer)
             elif fault := fault_of(answer, oracles):
                 num_mixed += 1
                 first = first or f"version {answer['version']}: {fault}"
@@ -332,6 +340,7 @@ def _judged(answers: pa.Table, oracles: Mapping[int, ExactSearch], swaps: Swaps)
     return {
         "answers": answers.num_rows - num_errors,
         "errors": num_errors,
+        "partial": num_partial,
         "mixed": num_mixed,
         "first_fault": first,
         "answers_in_swaps": int(is_swap.sum()),
@@ -352,7 +361,8 @@ def _report(figures: Mapping[str, Any], console: Console) -> None:
     table = Table(title=f"{figures['swaps']} swaps of {figures['items']:,} items on {NUM_SHARDS} shards, under load")
     for name in ("", "measured", "beside", "ratio", "target"):
         table.add_column(name, justify="right" if name else "left")
-    table.add_row("answers, errors, mixed", f"{figures['answers']:,}, {figures['errors']}, {figures['mixed']}")
+    counts = (f"{figures[name]:,}" for name in ("answers", "errors", "partial", "mixed"))
+    table.add_row("answers, errors, partial, mixed", ", ".join(counts))
     table.add_row("planted faults caught", f"{figures['planted_faults_caught']} of {figures['planted_faults']}")
     table.add_row(
         "p99 during swaps, quiet, ms",
