@@ -17,12 +17,14 @@ from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 
 from query_service.ask import Asking, Failure, Reply, TryCounts, name
 from query_service.deadline import Deadline
+from query_service.health import follow
 from query_service.hits import BrokenAnswerError, Hits, hits_of
 from query_service.replicas import Replica, Shard
 from towers.errors import DeadlineError, TooFewShardsError, TwoTowerError, VersionNotLoadedError
 from towers.rpc import CHANNEL_OPTIONS
 from towers.settings import Layout
 
+_SERVICE = index_service_pb2.DESCRIPTOR.services_by_name["IndexService"].full_name
 _LONGEST_RESERVE_S = 0.25
 _RESERVED_SHARE = 0.1
 
@@ -94,7 +96,7 @@ class Connection:
     shard: int
     address: str
     is_reachable: bool
-    """Whether its last call was answered; True before the first."""
+    """Whether its last call was answered, True before the first, and it says that it serves, where it is not alone."""
     is_slow: bool
     """Whether others go first because of how long it takes."""
 
@@ -110,10 +112,9 @@ class Shards:
             is_hedged: Whether a replica that is late has another one asked beside it, and a slow one stands back.
         """
         self._channels: list[grpc.aio.Channel] = []
+        self._followers: list[asyncio.Task[None]] = []
         self._layouts = {
-            len(layout): [
-                Shard([self._connected(address) for address in addresses], is_timed=is_hedged) for addresses in layout
-            ]
+            len(layout): [Shard(self._connected(addresses), is_timed=is_hedged) for addresses in layout]
             for layout in layouts
         }
         self.num_shards = tuple(self._layouts)
@@ -122,6 +123,9 @@ class Shards:
 
     async def close(self) -> None:
         """Closes the channels."""
+        for follower in self._followers:
+            follower.cancel()
+        await asyncio.gather(*self._followers, return_exceptions=True)
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     def connections(self) -> Iterator[Connection]:
@@ -129,7 +133,8 @@ class Shards:
         for num_shards, layout in self._layouts.items():
             for number, shard in enumerate(layout):
                 for replica in shard.replicas:
-                    yield Connection(num_shards, number, replica.address, replica.is_reachable, replica.slowness.is_on)
+                    is_reachable = replica.is_reachable and replica.is_serving
+                    yield Connection(num_shards, number, replica.address, is_reachable, replica.slowness.is_on)
 
     async def search(self, search: Search, num_needed: int, deadline: Deadline) -> Outcome:
         """Asks all shards of the layout; calls that nobody waits for any more are cancelled.
@@ -197,12 +202,18 @@ class Shards:
         response: index_service_pb2.RankItemResponse = reply.response
         return response
 
-    def _connected(self, address: str) -> Replica:
-        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        channel.get_state(try_to_connect=True)
-        self._channels.append(channel)
-        stub: Any = index_service_pb2_grpc.IndexServiceStub(channel)
-        return Replica(address, stub)
+    def _connected(self, addresses: Sequence[str]) -> list[Replica]:
+        replicas = []
+        for address in addresses:
+            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel.get_state(try_to_connect=True)
+            self._channels.append(channel)
+            stub: Any = index_service_pb2_grpc.IndexServiceStub(channel)
+            replicas.append(Replica(address, stub))
+            # One that is alone is asked anyway.
+            if len(addresses) > 1:
+                self._followers.append(asyncio.create_task(follow(replicas[-1], channel, _SERVICE)))
+        return replicas
 
 
 def _request(search: Search, embeddings: bytes, number: int, num_shards: int) -> index_service_pb2.SearchRequest:

@@ -68,6 +68,8 @@ class Replica:
         self.stub = stub
         self.is_reachable = True
         """Whether its last call was answered, if only with the word that it lacks the version."""
+        self.is_serving = True
+        """Whether it says so itself; True where nobody asks."""
         self.num_overdue = 0
         """Calls under way that take longer than they usually do."""
         self.num_late = 0
@@ -109,7 +111,7 @@ class Replica:
 
     def standing(self, version: int, now_s: float) -> int:
         """0: it takes its turn; 1: it is slow; 2: it is not likely to answer."""
-        if self._failure.lasts(now_s) or now_s < self._lacks_until_s.get(version, 0.0):
+        if not self.is_serving or self._failure.lasts(now_s) or now_s < self._lacks_until_s.get(version, 0.0):
             return 2
         return 1 if self.slowness.lasts(now_s) else 0
 

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import grpc
 import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
 from retrieval.feature.v1 import feature_pb2
 from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 from toy_checkpoint import ToyModel, toy_items
@@ -18,6 +20,8 @@ from toy_checkpoint import ToyModel, toy_items
 from towers.catalogue import partition
 from towers.errors import InvalidInputError, VersionNotLoadedError, WrongShardError
 from towers.rpc import SERVER_OPTIONS, ErrorInterceptor
+
+_SERVICE = index_service_pb2.DESCRIPTOR.services_by_name["IndexService"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -55,8 +59,16 @@ class ExactShard(index_service_pb2_grpc.IndexServiceServicer):
         """Listens; on the same port as before."""
         self._server = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=SERVER_OPTIONS)
         index_service_pb2_grpc.add_IndexServiceServicer_to_server(self, self._server)
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        await self.set_serving(True)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """What it says of itself; it answers all the same."""
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(_SERVICE, status.SERVING if is_serving else status.NOT_SERVING)
 
     async def stop(self) -> None:
         await self._server.stop(None)

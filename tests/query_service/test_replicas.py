@@ -74,6 +74,38 @@ def test_a_replica_that_dies_under_load_costs_no_answer_and_takes_its_turn_again
     asyncio.run(check())
 
 
+def test_a_replica_that_says_it_does_not_serve_is_asked_last(world: World, models: dict[int, ToyModel]) -> None:
+    async def seen_serving(system: System, *expected: bool) -> None:
+        await until(system.status, lambda status: [shard.reachable for shard in status.shards[:2]] == list(expected))
+
+    async def check() -> None:
+        async with running(world, models, replicas=2) as system:
+            first, second = system.shards[:2]
+            await first.set_serving(False)
+            await seen_serving(system, False, True)
+            before = first.num_calls
+            for _ in range(6):
+                assert_full(await system.retrieve(QUERY))
+            assert first.num_calls == before
+            # Better than nothing.
+            await second.set_serving(False)
+            await seen_serving(system, False, False)
+            assert_full(await system.retrieve(QUERY))
+            await second.stop()
+            assert_full(await system.retrieve(QUERY))
+            await first.set_serving(True)
+            await seen_serving(system, True, False)
+            await second.start()
+            await seen_serving(system, True, True)
+            before = first.num_calls, second.num_calls
+            for _ in range(4):
+                assert_full(await system.retrieve(QUERY))
+            assert first.num_calls > before[0]
+            assert second.num_calls > before[1]
+
+    asyncio.run(check())
+
+
 @pytest.mark.parametrize(
     "status", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED]
 )

@@ -1117,7 +1117,7 @@ class ShardConnection(_message.Message):
     address: _builtins.str
     """The replica's address."""
     reachable: _builtins.bool
-    """Whether its last call was answered; true before the first."""
+    """Whether its last call was answered, true before the first, and it says that it serves, where it is not alone."""
     num_shards: _builtins.int
     """Number of shards of the layout that it belongs to."""
     slow: _builtins.bool
