@@ -33,10 +33,11 @@ class ScriptedService(query_service_pb2_grpc.QueryServiceServicer):
 
     def start(self) -> None:
         """Listens; on the same port as before."""
-        self._threads = ThreadPoolExecutor(8)
+        self._threads = ThreadPoolExecutor(16)
         self._server = grpc.server(self._threads, options=(("grpc.so_reuseport", 0),))
         query_service_pb2_grpc.add_QueryServiceServicer_to_server(self, self._server)
-        self._health = health.HealthServicer()
+        # The default holds its lock while it waits for gRPC's thread, which waits for the lock when a watch ends.
+        self._health = health.HealthServicer(experimental_non_blocking=False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.set_ready(True)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
