@@ -104,6 +104,10 @@ class AnnIndex:
         """How many hits with quantised scores hold the k best, as was measured; k where they are scored well enough."""
         return k * self._effort(k).get(K_FACTOR, 1)
 
+    def usual_latency_s(self, k: int) -> float:
+        """Of a search for one query, as it was measured at the build; infinite where it was not."""
+        return next((setting.latency_s for setting in self.settings if k <= setting.k), math.inf)
+
     def search(
         self, embeddings: NDArray[np.float32], k: int, effort_k: int | None = None, selector: Any = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

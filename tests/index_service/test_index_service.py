@@ -11,8 +11,10 @@ from retrieval.feature.v1 import feature_pb2
 from shard_process import search_request
 from small_indexes import small_index, unit_vectors
 
+from index_service.ann import AnnIndex
 from index_service.live import LiveIndex
 from index_service.load import LoadedIndex
+from index_service.plan import EXACT, IndexPlan, SearchSetting
 from index_service.service import IndexServicer, _answer, _feature_value, search_executor
 from index_service.versions import State, Versions
 from towers.deployment import NO_DEPLOYMENT
@@ -20,8 +22,13 @@ from towers.errors import DeadlineError
 
 
 class OneIndexLoader:
+    def __init__(self, latency_s):
+        self._latency_s = latency_s
+
     async def load(self, checkpoint_version, catalogue_version, replaced, report):
         index = small_index(unit_vectors(5, 4), checkpoint_version=checkpoint_version)
+        setting = SearchSetting(k=100, parameters="", recall=1, latency_s=self._latency_s)
+        index.ann = AnnIndex(IndexPlan(index_type=EXACT, settings=(setting,)), None, index.ann.exact)
         return LoadedIndex(LiveIndex(index, None), True)
 
     async def catch_up(self, loaded):
@@ -47,13 +54,13 @@ class Context:
         return self._remaining_s
 
 
-async def available_versions():
-    """Versions with checkpoint 1 loaded; nothing loads after that."""
+async def available_versions(latency_s=1.0):
+    """Versions with checkpoint 1 loaded, whose searches are said to take so long; nothing loads after that."""
 
     async def ignore():
         pass
 
-    versions = Versions(OneIndexLoader(), 1, 0.1, ignore)
+    versions = Versions(OneIndexLoader(latency_s), 1, 0.1, ignore)
     versions.follow(NO_DEPLOYMENT.model_copy(update={"revision": 1, "live_version": 1}))
     versions.follow_catalogue("0.1")
     task = asyncio.create_task(versions.run())
@@ -82,6 +89,31 @@ def test_work_whose_deadline_has_passed_is_not_begun():
             busy.set()
             with pytest.raises(DeadlineError):
                 await late
+
+    asyncio.run(run())
+
+
+def test_a_brief_search_needs_no_thread():
+    async def run():
+        versions = await available_versions(latency_s=1e-5)
+        with search_executor(1) as executor:
+            servicer = IndexServicer(versions, executor, 0, 1)
+            busy = threading.Event()
+            executor.submit(busy.wait)
+            answer = await servicer.Search(search_request(unit_vectors(1, 4), 1), Context())
+            assert answer.hit_counts == b"\5\0\0\0"
+            later = [
+                asyncio.create_task(servicer.Search(request, Context()))
+                for request in (
+                    search_request(unit_vectors(100, 4), 1),
+                    search_request(unit_vectors(1, 4), 1, k=101),
+                    search_request(unit_vectors(1, 4), 1, excluded_item_ids=["0"]),
+                )
+            ]
+            await asyncio.sleep(0.01)
+            assert not any(call.done() for call in later)
+            busy.set()
+            await asyncio.gather(*later)
 
     asyncio.run(run())
 
