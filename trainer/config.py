@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from towers.errors import InvalidInputError, InvalidSchemaError
 from towers.schema import FeatureSchema, SequenceFeature, parse_schema
 
 Activation = Literal["relu", "gelu", "silu"]
 Normalisation = Literal["none", "layer"]
+Negatives = Literal["batch", "all"]
 
 _METRIC = re.compile(r"(recall|ndcg|mrr)_at_(\d+)")
 _TABLES = ("data", "features", "model", "training", "evaluation")
@@ -73,18 +74,36 @@ class TrainingConfig(_Table):
     """`[training]`: the loop."""
 
     batch_size: int = Field(default=1024, ge=2)
-    """B; the B - 1 other items of a batch are the negatives."""
+    """B"""
     epochs: int = Field(default=20, ge=1)
     """At most this many passes over the training interactions."""
     learning_rate: float = Field(default=0.001, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=0.1, gt=0)
     """Scores are divided by it before the softmax."""
+    learn_temperature: bool = False
+    """Whether it is only where training starts."""
+    symmetric: bool = False
+    """Whether each item is also to find its query among those of the batch."""
+    negatives: Negatives = "batch"
+    """The B - 1 other items of a batch, or all items: the exact softmax, for catalogues that a step can afford."""
+    uniform_negatives: int = Field(default=0, ge=0)
+    """Items drawn uniformly for each batch, that all its queries have as negatives too."""
     logq: bool = True
-    """Whether in-batch negatives are corrected for having been drawn by popularity."""
+    """Whether negatives are corrected for how often they are drawn: those of the batch by popularity."""
+    mask_known_positives: bool = True
+    """Whether all items of a user's training interactions are no negatives of hers, and not only the row's own."""
+    score_margin: float | None = Field(default=None, ge=-2, le=2)
+    """Negatives that score higher than the positive by more than this, as a cosine, are left out."""
     patience: int = Field(default=3, ge=1)
     """Training ends after this many epochs without a better validation metric."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _negatives_once(self) -> "TrainingConfig":
+        if self.negatives == "all" and self.uniform_negatives:
+            raise ValueError('negatives = "all" has every item already; leave out uniform_negatives')
+        return self
 
 
 class EvaluationConfig(_Table):

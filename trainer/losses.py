@@ -1,44 +1,85 @@
-"""The training loss: small steps over one `[B, B]` score matrix, row i a query, column j the item of query j.
+"""The training loss: small steps over one `[B, C]` score matrix, row i a query, column j an item it is scored against.
 
-Deliberately does not know towers, data or optimisers.
+Deliberately does not know towers, data, optimisers, nor where the columns come from.
 """
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+_LOWEST_TEMPERATURE = 0.01
 
-def in_batch_softmax(
-    query_embeddings: Tensor, item_embeddings: Tensor, item_ids: Tensor, log_q: Tensor | None, temperature: float
+
+class Temperature(nn.Module):
+    """The temperature that scores are divided by: fixed, or learned as its logarithm (Radford et al. 2021, CLIP)."""
+
+    def __init__(self, start: float, is_learned: bool) -> None:
+        """Starts at the configured temperature.
+
+        Args:
+            start: Above 0.
+            is_learned: Whether training changes it.
+        """
+        super().__init__()
+        log = torch.tensor(math.log(start))
+        self.log = nn.Parameter(log) if is_learned else nn.Buffer(log)
+
+    def forward(self) -> Tensor:
+        """The temperature, a scalar."""
+        temperature: Tensor = self.log.exp()
+        return temperature
+
+    def keep_in_range(self) -> None:
+        """After a step. Near zero a softmax is an argmax, whose gradients are of no use (CLIP's limit, 0.01)."""
+        if self.log.requires_grad:
+            with torch.no_grad():
+                self.log.clamp_(min=math.log(_LOWEST_TEMPERATURE))
+
+
+def softmax_loss(
+    query_embeddings: Tensor,
+    item_embeddings: Tensor,
+    log_q: Tensor,
+    positives: Tensor,
+    is_liked: Tensor,
+    temperature: Tensor | float,
+    score_margin: float | None = None,
 ) -> Tensor:
-    """Softmax cross entropy in which the items of the other queries of the batch are the negatives.
+    """Softmax cross entropy of each query's positive among all candidates.
+
+    With queries and items changed over it is the other direction, from each item to its query among the batch's.
 
     Args:
         query_embeddings: `[B, D]` unit embeddings; row i is the query of interaction i.
-        item_embeddings: `[B, D]` unit embeddings; row i is the item of interaction i.
-        item_ids: `[B]` the item of interaction i.
-        log_q: `[B]` log of the probability that the item of interaction i is drawn into a batch place; None leaves
-            the correction out.
+        item_embeddings: `[C, D]` unit embeddings of the candidates; row `positives[i]` is the item of interaction i.
+        log_q: `[C]` log of the probability that a place holds its item; all alike, it changes nothing.
+        positives: `[B]` the column of each row's positive.
+        is_liked: `[B, C]` columns that are no negatives of the row, wherever they come from. Its positive may be
+            among them, and stays.
         temperature: Scores are divided by it.
+        score_margin: See `above_margin`; None keeps all.
 
     Returns:
         Scalar, the mean over the batch.
     """
-    scores = scaled(query_embeddings @ item_embeddings.T, temperature)  # [B, B]
-    if log_q is not None:
-        scores = logq_corrected(scores, log_q)
-    return cross_entropy(accidental_hits_masked(scores, item_ids))
+    scores = query_embeddings @ item_embeddings.T  # [B, C]
+    if score_margin is not None:
+        is_liked = is_liked | above_margin(scores.detach(), positives, score_margin)
+    corrected = logq_corrected(scaled(scores, temperature), log_q)
+    return cross_entropy(masked(corrected, false_negatives(is_liked, positives)), positives)
 
 
-def scaled(scores: Tensor, temperature: float) -> Tensor:
+def scaled(scores: Tensor, temperature: Tensor | float) -> Tensor:
     """Cosine scores lie in [-1, 1], too narrow for a softmax; dividing by a temperature below 1 widens them.
 
     Args:
-        scores: `[B, B]`
+        scores: `[B, C]`
         temperature: Above 0.
 
     Returns:
-        `[B, B]`
+        `[B, C]`
     """
     return scores / temperature
 
@@ -46,47 +87,86 @@ def scaled(scores: Tensor, temperature: float) -> Tensor:
 def logq_corrected(scores: Tensor, log_q: Tensor) -> Tensor:
     """Subtracts log q of each column's item, the positive's included.
 
-    In-batch negatives are drawn by popularity, q. With `score - log q` in the exponent, the batch's sum is an
+    In-batch negatives are drawn by popularity, q. With `score - log q` in the exponent, the columns' sum is an
     estimate of the sum over all items (Bengio and Senécal 2008; Yi et al. 2019, "Sampling-bias-corrected neural
     modeling for large corpus item recommendations"), so the loss estimates the full softmax.
 
     Args:
-        scores: `[B, B]`; column j belongs to the item of interaction j.
-        log_q: `[B]`; entry j belongs to the item of interaction j.
+        scores: `[B, C]`
+        log_q: `[C]` of each column's item.
 
     Returns:
-        `[B, B]`
+        `[B, C]`
     """
     return scores - log_q.unsqueeze(0)
 
 
-def accidental_hits_masked(scores: Tensor, item_ids: Tensor) -> Tensor:
-    """Takes out the columns that hold the row's own positive item a second time: it is no negative.
-
-    The positive itself, on the diagonal, always stays.
+def accidental_hits(items: Tensor, ids: Tensor) -> Tensor:
+    """The columns that hold the row's own item: its positive, or that item a second time, which is no negative.
 
     Args:
-        scores: `[B, B]`
-        item_ids: `[B]` the item of interaction i.
+        items: `[B]` the item of each row's interaction.
+        ids: `[C]` the item in each column.
 
     Returns:
-        `[B, B]`, minus infinity where masked.
+        `[B, C]`
     """
-    is_same_item = item_ids.unsqueeze(1) == item_ids.unsqueeze(0)  # [B, B]
-    is_positive = torch.eye(len(item_ids), dtype=torch.bool, device=item_ids.device)
-    return scores.masked_fill(is_same_item & ~is_positive, -torch.inf)
+    return items.unsqueeze(1) == ids.unsqueeze(0)
 
 
-def cross_entropy(scores: Tensor) -> Tensor:
-    """Mean over rows of -log softmax at the diagonal.
+def false_negatives(is_liked: Tensor, positives: Tensor) -> Tensor:
+    """What is no negative of its row: all that is liked, save the positive itself, which always stays.
 
     Args:
-        scores: `[B, B]`; the positive of row i is column i.
+        is_liked: `[B, C]` whether the row's user is known to like the column's item.
+        positives: `[B]` the column of each row's positive.
+
+    Returns:
+        `[B, C]`
+    """
+    return is_liked.scatter(1, positives.unsqueeze(1), value=False)
+
+
+def above_margin(scores: Tensor, positives: Tensor, margin: float) -> Tensor:
+    """Negatives that score higher than the positive by more than a margin: more likely liked than not.
+
+    De Souza Moreira et al. 2024, "NV-Retriever", with the margin's sign as it reads here: a margin below zero also
+    takes out those that score a little less than the positive.
+
+    Args:
+        scores: `[B, C]` cosines, before the temperature.
+        positives: `[B]` the column of each row's positive.
+        margin: In units of the score.
+
+    Returns:
+        `[B, C]`
+    """
+    return scores > scores.gather(1, positives.unsqueeze(1)) + margin
+
+
+def masked(scores: Tensor, is_false_negative: Tensor) -> Tensor:
+    """Takes columns out of the softmax.
+
+    Args:
+        scores: `[B, C]`
+        is_false_negative: `[B, C]`
+
+    Returns:
+        `[B, C]`, minus infinity where masked.
+    """
+    return scores.masked_fill(is_false_negative, -torch.inf)
+
+
+def cross_entropy(scores: Tensor, positives: Tensor) -> Tensor:
+    """Mean over rows of -log softmax at the positive.
+
+    Args:
+        scores: `[B, C]`
+        positives: `[B]` the column of each row's positive.
 
     Returns:
         Scalar.
     """
-    positives = torch.arange(len(scores), device=scores.device)
     return functional.cross_entropy(scores, positives)
 
 
@@ -94,7 +174,7 @@ def log_sampling_probabilities(item_counts: Tensor) -> Tensor:
     """Log of the probability that one place of a batch holds an item, from exact counts.
 
     Batches are slices of a random permutation of all training interactions, so a place holds item i with probability
-    count i / sum of counts; no streaming estimate is needed.
+    count i / sum of counts.
 
     Args:
         item_counts: `[I]` training interactions of each item.

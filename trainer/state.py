@@ -36,6 +36,10 @@ class Progress:
     """Steps done of the epoch after those."""
     loss_sum: float = 0.0
     """Sum of the losses of those steps."""
+    masked_sum: float = 0.0
+    """Sum of the shares of their negatives that were masked."""
+    left_sum: float = 0.0
+    """Sum of the shares that were not, although the user likes them; of those steps that looked."""
     best_epoch: int = 0
     """The epoch whose parameters are kept, from 1; 0 before the first validation."""
     best_metric: float = 0.0

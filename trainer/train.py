@@ -19,17 +19,20 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from towers.errors import InvalidInputError
-from trainer import losses, state
-from trainer.config import TrainerConfig
+from trainer import losses, negatives, state
+from trainer.config import TrainerConfig, TrainingConfig
 from trainer.encode import EncodedQueries, Tensors
 from trainer.evaluate import ScoreRows, embedding_scores, evaluate
+from trainer.likes import Likes
 from trainer.model import TowerNetwork, TwoTowers
 from trainer.questions import Questions
 
 _ROWS_AT_ONCE = 4096
+_STEPS_PER_ESTIMATE = 16
+"""Of so many steps one looks for false negatives that are left."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +88,29 @@ def train_towers(
         InvalidInputError: the loss is not finite, or the state cannot be written.
         KeyboardInterrupt: on Ctrl-C, once the state is saved.
     """
-    options = config.training
+    options, num_items = config.training, len(examples.log_q)
+    temperature = losses.Temperature(options.temperature, options.learn_temperature)
+    trained = nn.ModuleDict({"towers": model, "temperature": temperature})
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+        [
+            {"params": [*model.parameters()], "weight_decay": options.weight_decay},
+            {"params": [*temperature.parameters()], "weight_decay": 0.0},
+        ],
+        lr=options.learning_rate,
+        fused=True,
     )
+    likes, held_out_likes = _likes(examples, validation, num_items)
     progress = state.Progress()
     best: Mapping[str, Tensor] = {}
     if resumed is not None:
         progress, best = resumed.progress, resumed.best_parameters
-        state.restore_parameters(model, resumed.parameters)
-        state.restore_moments(model, optimiser, resumed.moments)
+        state.restore_parameters(trained, resumed.parameters)
+        state.restore_moments(trained, optimiser, resumed.moments)
         torch.set_rng_state(resumed.random_state)
 
     def snapshot() -> state.RunState:
-        moments = state.moments_of(model, optimiser)
-        return state.RunState(progress, origin, state.parameters_of(model), best, moments, torch.get_rng_state())
+        moments = state.moments_of(trained, optimiser)
+        return state.RunState(progress, origin, state.parameters_of(trained), best, moments, torch.get_rng_state())
 
     num_examples = len(examples.positives)
     num_steps = math.ceil(num_examples / options.batch_size)
@@ -113,18 +124,33 @@ def train_towers(
             model.train()
             for step in range(first_step, num_steps):
                 rows = order[step * options.batch_size : (step + 1) * options.batch_size]
-                positives = examples.positives[rows]
-                loss = losses.in_batch_softmax(
+                users, positives = examples.queries.users[rows], examples.positives[rows]
+                candidates, columns = candidates_of(positives, examples.log_q, options, progress.epoch, step)
+                is_liked = (
+                    likes.among(users, candidates.ids)
+                    if options.mask_known_positives
+                    else losses.accidental_hits(positives, candidates.ids)
+                )
+                loss = loss_of(
                     model.query(examples.queries.batch(rows)),
-                    model.item(take(items, positives)),
-                    positives,
-                    examples.log_q[positives] if options.logq else None,
-                    options.temperature,
+                    model.item(take(items, candidates.ids)),
+                    candidates.log_q if options.logq else torch.zeros_like(candidates.log_q),
+                    columns,
+                    is_liked,
+                    temperature(),
+                    options,
                 )
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
-                progress = _after_step(progress, loss.item())
+                temperature.keep_in_range()
+                num_negatives = max(1, is_liked.numel() - len(rows))
+                masked = (is_liked.sum().item() - len(rows)) / num_negatives
+                left = 0.0
+                if step % _STEPS_PER_ESTIMATE == 0:
+                    is_held_out = held_out_likes.among(users, candidates.ids)
+                    left = (is_held_out & ~is_liked).sum().item() / num_negatives
+                progress = _after_step(progress, loss.item(), masked, left)
                 rate = (step + 1 - first_step) * options.batch_size / (time.monotonic() - start_s)
                 bar.update(task, advance=1, loss=progress.loss_sum / progress.step, rate=rate)
                 if is_interrupted():
@@ -132,21 +158,75 @@ def train_towers(
                     raise KeyboardInterrupt
 
             metric = validate(model, items, validation, config)[config.evaluation.metric]
-            mean_loss = progress.loss_sum / num_steps
+            mean_loss, mean_masked = progress.loss_sum / num_steps, progress.masked_sum / num_steps
+            mean_left = progress.left_sum / math.ceil(num_steps / _STEPS_PER_ESTIMATE)
             progress = _after_epoch(progress, metric, options.epochs, options.patience)
             is_best = progress.best_epoch == progress.epoch
             if is_best:
-                best = {name: value.detach().clone() for name, value in state.parameters_of(model).items()}
+                best = {name: value.detach().clone() for name, value in state.parameters_of(trained).items()}
             state.save_state(state_file, snapshot())
             bar.update(task, best=progress.best_metric)
             console.print(
                 f"epoch {progress.epoch:>3}  loss {mean_loss:.4f}  "
                 f"validation {config.evaluation.metric} {metric:.4f}{' *' if is_best else '  '}  "
-                f"{rate:>9,.0f} examples/s",
+                f"masked {mean_masked:.2%}  left {mean_left:.3%}  {rate:>9,.0f} examples/s",
                 highlight=False,
             )
-    state.restore_parameters(model, best)
+    state.restore_parameters(trained, best)
     return snapshot()
+
+
+def candidates_of(
+    positives: Tensor, log_q: Tensor, options: TrainingConfig, epoch: int, step: int
+) -> tuple[negatives.Candidates, Tensor]:
+    """What the queries of a batch are scored against, and the columns `[B]` of their positives.
+
+    Args:
+        positives: `[B]` the item of each query.
+        log_q: `[I]` log of the probability that a batch place holds an item.
+        options: Say which sources there are.
+        epoch: Whole epochs done.
+        step: Steps done of this one.
+    """
+    if options.negatives == "all":
+        return negatives.all_items(len(log_q)), positives
+    sources = [negatives.of_batch(positives, log_q)]
+    if options.uniform_negatives:
+        sources.append(negatives.uniform(len(log_q), options.uniform_negatives, options.seed, epoch, step))
+    return negatives.joined(sources), torch.arange(len(positives))
+
+
+def loss_of(
+    queries: Tensor,
+    items: Tensor,
+    log_q: Tensor,
+    columns: Tensor,
+    is_liked: Tensor,
+    temperature: Tensor,
+    options: TrainingConfig,
+) -> Tensor:
+    """The configured loss of a batch.
+
+    Args:
+        queries: `[B, D]` embeddings.
+        items: `[C, D]` embeddings of the candidates.
+        log_q: `[C]`
+        columns: `[B]` where each query's positive stands among the candidates.
+        is_liked: `[B, C]` see `losses.softmax_loss`.
+        temperature: A scalar.
+        options: Say whether both directions count, and the margin.
+
+    Returns:
+        Scalar, the mean over the batch.
+    """
+    margin = options.score_margin
+    to_items = losses.softmax_loss(queries, items, log_q, columns, is_liked, temperature, margin)
+    if not options.symmetric:
+        return to_items
+    # Queries have no q: how often one comes is known of its user, not of its history.
+    no_q, rows = torch.zeros(len(queries)), torch.arange(len(queries))
+    to_queries = losses.softmax_loss(items[columns], queries, no_q, rows, is_liked[:, columns].T, temperature, margin)
+    return (to_items + to_queries) / 2
 
 
 def validate(model: TwoTowers, items: Tensors, held_out: HeldOut, config: TrainerConfig) -> dict[str, float]:
@@ -181,13 +261,19 @@ def _embed(tower: TowerNetwork, batch: Callable[[Tensor], Tensors], num_rows: in
         return torch.cat([tower(batch(rows)) for rows in torch.split(torch.arange(num_rows), _ROWS_AT_ONCE)])
 
 
-def _after_step(progress: state.Progress, loss: float) -> state.Progress:
+def _after_step(progress: state.Progress, loss: float, masked: float, left: float) -> state.Progress:
     if not math.isfinite(loss):
         raise InvalidInputError(
             f"the loss is {loss} in epoch {progress.epoch + 1}, step {progress.step + 1}; lower "
             "[training] learning_rate or raise temperature"
         )
-    return replace(progress, step=progress.step + 1, loss_sum=progress.loss_sum + loss)
+    return replace(
+        progress,
+        step=progress.step + 1,
+        loss_sum=progress.loss_sum + loss,
+        masked_sum=progress.masked_sum + masked,
+        left_sum=progress.left_sum + left,
+    )
 
 
 def _after_epoch(progress: state.Progress, metric: float, epochs: int, patience: int) -> state.Progress:
@@ -199,9 +285,23 @@ def _after_epoch(progress: state.Progress, metric: float, epochs: int, patience:
         epoch=epoch,
         step=0,
         loss_sum=0.0,
+        masked_sum=0.0,
+        left_sum=0.0,
         best_epoch=best_epoch,
         best_metric=metric if is_best else progress.best_metric,
         is_finished=epoch >= epochs or epoch - best_epoch >= patience,
+    )
+
+
+def _likes(examples: TrainingExamples, validation: HeldOut, num_items: int) -> tuple[Likes, Likes]:
+    """What training knows that users like, and what validation knows: false negatives that nothing masks."""
+    users = examples.queries.users
+    rows, targets = map(torch.from_numpy, validation.questions.targets.pairs())
+    held_out_users = validation.queries.users[rows]
+    num_users = int(torch.cat([users, held_out_users]).max()) + 1
+    return (
+        Likes.of(users, examples.positives, num_users, num_items),
+        Likes.of(held_out_users, targets, num_users, num_items),
     )
 
 

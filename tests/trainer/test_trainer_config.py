@@ -76,6 +76,12 @@ def test_bundled_configurations_differ_in_dimension_and_architecture() -> None:
         ("dim = 8", "dim = 8\nquery_hidden = [16, 0]", ["[model] query_hidden", "from 1 to 65536"]),
         ("dim = 8", "dim = 8\n[training]\ntemperature = 0.0", ["[training] temperature = 0.0", "greater than 0"]),
         ("dim = 8", "dim = 8\n[training]\nlearning_rate = inf", ["[training] learning_rate", "finite"]),
+        (
+            "dim = 8",
+            'dim = 8\n[training]\nnegatives = "all"\nuniform_negatives = 5',
+            ["[training]", "leave out uniform_negatives"],
+        ),
+        ("dim = 8", "dim = 8\n[training]\nscore_margin = 5.0", ["[training] score_margin", "less than or equal to 2"]),
         ("dim = 8", "dim = 8\n[evaluation]\nks = [10, 5]", ["[evaluation] ks", "rising"]),
         ("dim = 8", "dim = 8\n[evaluation]\nks = []", ["[evaluation] ks", "rising"]),
         ("dim = 8", 'dim = 8\n[evaluation]\nmetric = "recall_at_7"', ["[evaluation] metric", "recall_at_10"]),

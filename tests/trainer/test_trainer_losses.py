@@ -12,33 +12,52 @@ SCORES = torch.tensor([[2.0, 1.0, 0.0], [0.5, 1.5, -1.0], [0.0, 0.0, 1.0]])
 
 
 def naive_loss(
-    queries: list[list[float]], items: list[list[float]], ids: list[int], log_q: list[float] | None, temperature: float
+    queries: list[list[float]],
+    items: list[list[float]],
+    log_q: list[float],
+    positives: list[int],
+    is_liked: list[list[bool]],
+    temperature: float,
+    margin: float | None,
 ) -> float:
     total = 0.0
     for i, query in enumerate(queries):
-        logits = []
-        for j, item in enumerate(items):
-            if j != i and ids[j] == ids[i]:
-                continue
-            score = sum(a * b for a, b in zip(query, item, strict=True)) / temperature
-            logits.append(score - (log_q[j] if log_q is not None else 0.0))
-            if j == i:
-                positive = logits[-1]
-        total += math.log(sum(math.exp(logit - positive) for logit in logits))
+        scores = [sum(a * b for a, b in zip(query, item, strict=True)) for item in items]
+        own = positives[i]
+        logits = {}
+        for j, score in enumerate(scores):
+            is_above = margin is not None and score > scores[own] + margin
+            if j == own or not (is_liked[i][j] or is_above):
+                logits[j] = score / temperature - log_q[j]
+        total += math.log(sum(math.exp(logit - logits[own]) for logit in logits.values()))
     return total / len(queries)
 
 
 def test_cross_entropy_by_hand() -> None:
     rows = [
         -2.0 + math.log(math.exp(2) + math.exp(1) + 1),
-        -1.5 + math.log(math.exp(0.5) + math.exp(1.5) + math.exp(-1)),
+        -0.5 + math.log(math.exp(0.5) + math.exp(1.5) + math.exp(-1)),
         -1.0 + math.log(2 + math.exp(1)),
     ]
-    assert losses.cross_entropy(SCORES).item() == pytest.approx(sum(rows) / 3, abs=1e-6)
+    loss = losses.cross_entropy(SCORES, torch.tensor([0, 0, 2]))
+    assert loss.item() == pytest.approx(sum(rows) / 3, abs=1e-6)
 
 
 def test_temperature_divides() -> None:
     assert torch.equal(losses.scaled(SCORES, 0.5), SCORES * 2)
+
+
+def test_a_fixed_temperature_has_no_gradient_and_a_learned_one_keeps_above_its_limit() -> None:
+    assert not losses.Temperature(0.2, is_learned=False)().requires_grad
+    learned = losses.Temperature(0.2, is_learned=True)
+    assert learned().item() == pytest.approx(0.2)
+    learned().backward()
+    assert learned.log.grad is not None
+    assert learned.log.grad.item() == pytest.approx(0.2)
+    with torch.no_grad():
+        learned.log -= 10
+    learned.keep_in_range()
+    assert learned().item() == pytest.approx(0.01)
 
 
 def test_logq_is_subtracted_from_the_columns() -> None:
@@ -47,45 +66,67 @@ def test_logq_is_subtracted_from_the_columns() -> None:
 
 
 def test_accidental_hits_are_masked_and_positives_are_not() -> None:
-    masked = losses.accidental_hits_masked(SCORES, torch.tensor([7, 8, 7]))
+    items = torch.tensor([7, 8, 7])
+    hits = losses.accidental_hits(items, items)
+    masked = losses.masked(SCORES, losses.false_negatives(hits, torch.arange(3)))
     infinity = math.inf
     assert masked.tolist() == [[2.0, 1.0, -infinity], [0.5, 1.5, -1.0], [-infinity, 0.0, 1.0]]
 
 
-@given(ids=st.lists(st.integers(0, 5), min_size=1, max_size=12))
-def test_the_positive_is_never_masked_and_every_accidental_hit_is(ids: list[int]) -> None:
-    masked = losses.accidental_hits_masked(torch.zeros(len(ids), len(ids)), torch.tensor(ids))
-    for i, row_id in enumerate(ids):
-        for j, column_id in enumerate(ids):
-            assert (masked[i, j].item() == -math.inf) == (i != j and row_id == column_id)
+def test_negatives_far_above_the_positive_are_probably_liked() -> None:
+    scores = torch.tensor([[0.5, 0.61, 0.4], [0.9, 0.0, 0.05]])
+    positives = torch.tensor([0, 1])
+    assert losses.above_margin(scores, positives, 0.1).tolist() == [[False, True, False], [True, False, False]]
+    assert losses.above_margin(scores, positives, -0.2).tolist() == [[True, True, True], [True, True, True]]
+
+
+@given(seed=st.integers(0, 10_000), size=st.integers(1, 12), margin=st.sampled_from([None, -2.0, 0.0]))
+def test_the_positive_is_never_masked(seed: int, size: int, margin: float | None) -> None:
+    """Whatever is liked, whatever the margin: with all else masked the loss is zero, never infinite."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, items = torch.randn(size, 3, generator=generator), torch.randn(size + 4, 3, generator=generator)
+    positives = torch.randint(size + 4, (size,), generator=generator)
+    everything = torch.ones(size, size + 4, dtype=torch.bool)
+    loss = losses.softmax_loss(queries, items, torch.zeros(size + 4), positives, everything, 0.1, margin)
+    assert loss.item() == 0.0
 
 
 @given(
     seed=st.integers(0, 10_000),
     size=st.integers(1, 9),
-    num_items=st.integers(1, 6),
-    is_corrected=st.booleans(),
+    num_candidates=st.integers(1, 12),
     temperature=st.floats(0.2, 2.0),
+    margin=st.sampled_from([None, 0.3, -0.3]),
 )
 def test_the_whole_loss_equals_a_naive_loop(
-    seed: int, size: int, num_items: int, is_corrected: bool, temperature: float
+    seed: int, size: int, num_candidates: int, temperature: float, margin: float | None
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(size, 3, generator=generator)
-    items = torch.randn(size, 3, generator=generator)
-    ids = torch.randint(num_items, (size,), generator=generator)
-    log_q = torch.randn(size, generator=generator) if is_corrected else None
-    loss = losses.in_batch_softmax(queries, items, ids, log_q, temperature)
+    items = torch.randn(num_candidates, 3, generator=generator)
+    log_q = torch.randn(num_candidates, generator=generator)
+    positives = torch.randint(num_candidates, (size,), generator=generator)
+    is_liked = torch.rand(size, num_candidates, generator=generator) < 0.3
+    loss = losses.softmax_loss(queries, items, log_q, positives, is_liked, temperature, margin)
     naive = naive_loss(
-        queries.tolist(), items.tolist(), ids.tolist(), None if log_q is None else log_q.tolist(), temperature
+        queries.tolist(), items.tolist(), log_q.tolist(), positives.tolist(), is_liked.tolist(), temperature, margin
     )
     assert loss.item() == pytest.approx(naive, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("log_q", [None, torch.full((5,), -1.5)])
-def test_a_batch_of_one_item_only_has_nothing_to_learn_and_stays_finite(log_q: Tensor | None) -> None:
+@pytest.mark.parametrize("log_q", [0.0, -1.5])
+def test_a_batch_of_one_item_only_has_nothing_to_learn_and_stays_finite(log_q: float) -> None:
     queries = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = losses.in_batch_softmax(queries, queries.detach(), torch.full((5,), 3), log_q, 0.05)
+    items = torch.full((5,), 3)
+    loss = losses.softmax_loss(
+        queries,
+        queries.detach(),
+        torch.full((5,), log_q),
+        torch.arange(5),
+        losses.accidental_hits(items, items),
+        torch.tensor(0.05),
+        0.1,
+    )
     loss.backward()
     assert loss.item() == 0.0
     assert queries.grad is not None
@@ -116,7 +157,7 @@ def gradient_of_item_scores(scores: Tensor, batch: Tensor, log_q: Tensor) -> Ten
     """Gradient `[N]` of the in-batch loss by the score of each item, all queries being alike."""
     item_scores = scores.clone().requires_grad_()
     matrix = item_scores[batch].expand(len(batch), -1)  # [B, B]
-    losses.cross_entropy(losses.logq_corrected(matrix, log_q)).backward()
+    losses.cross_entropy(losses.logq_corrected(matrix, log_q), torch.arange(len(batch))).backward()
     assert item_scores.grad is not None
     return item_scores.grad
 

@@ -54,7 +54,7 @@ def test_paired_features_are_told_apart() -> None:
         item = torch.cat([random(RANDOM_DIM), shared + 0.1 * random(SHARED_DIM)], dim=1)
         queries, items = model.query({"query_vector": query}), model.item({"item_vector": item})
         recalls.append(float(((queries @ items.T).argmax(dim=1) == ids).float().mean()))
-        loss = losses.in_batch_softmax(queries, items, ids, log_q, temperature=0.05)
+        loss = losses.softmax_loss(queries, items, log_q, ids, losses.accidental_hits(ids, ids), 0.05)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()

@@ -3,6 +3,7 @@ import io
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +190,55 @@ def test_each_epoch_takes_every_example_once(world: Path, configure: Configure, 
     train_towers(model, prepared.items, examples, prepared.validation, config, ORIGIN, tmp_path / "state", console)
     assert sorted(seen) == list(range(480))
     assert seen != sorted(seen)
+
+
+def lines_of(config: TrainerConfig, world: Path, state_file: Path) -> list[list[str]]:
+    output = io.StringIO()
+    run(config, world, state_file, console=Console(file=output, width=200))
+    return [line.split() for line in output.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__symmetric": True},
+        {"training__learn_temperature": True},
+        {"training__mask_known_positives": False},
+        {"training__score_margin": 0.05},
+        {"training__uniform_negatives": 16},
+        {"training__negatives": "all"},
+    ],
+)
+def test_every_setting_of_the_loss_learns_and_resumes(
+    world: Path, configure: Configure, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    plain = lines_of(configure(), world, tmp_path / "plain")
+    config = configure(**changes)
+    lines = lines_of(config, world, tmp_path / "undisturbed")
+    assert lines[0][3] != plain[0][3]
+    assert float(lines[-1][3]) < float(lines[0][3])
+    with pytest.raises(KeyboardInterrupt):
+        run(config, world, tmp_path / "interrupted", interrupt_at=20)
+    run(config, world, tmp_path / "interrupted", resumed=state.load_state(tmp_path / "interrupted"))
+    assert_equal(state.load_state(tmp_path / "interrupted"), state.load_state(tmp_path / "undisturbed"))
+
+
+def test_a_fixed_temperature_stays_and_a_learned_one_moves(world: Path, configure: Configure, tmp_path: Path) -> None:
+    fixed = run(configure(training__epochs=1), world, tmp_path / "state")
+    assert "temperature.log" not in fixed.parameters
+    learned = run(configure(training__epochs=1, training__learn_temperature=True), world, tmp_path / "state")
+    assert abs(learned.parameters["temperature.log"].exp().item() - 0.1) > 1e-4
+
+
+def figure(line: list[str], name: str) -> float:
+    return float(line[line.index(name) + 1].rstrip("%")) / 100
+
+
+def test_each_epoch_says_what_was_masked_and_what_was_left(world: Path, configure: Configure, tmp_path: Path) -> None:
+    """Users like 8 of 40 items in training and one more at validation."""
+    [line] = lines_of(configure(training__epochs=1, training__negatives="all"), world, tmp_path / "state")
+    assert figure(line, "masked") == pytest.approx(7 / 39, abs=1e-4)
+    assert figure(line, "left") == pytest.approx(1 / 39, abs=1e-5)
+    own_only = configure(training__epochs=1, training__negatives="all", training__mask_known_positives=False)
+    [line] = lines_of(own_only, world, tmp_path / "state")
+    assert figure(line, "masked") == 0

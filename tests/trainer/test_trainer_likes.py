@@ -1,0 +1,20 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.likes import Likes
+
+NUM_USERS, NUM_ITEMS = 5, 7
+
+
+@given(
+    interactions=st.lists(st.tuples(st.integers(0, NUM_USERS - 1), st.integers(0, NUM_ITEMS - 1)), max_size=30),
+    users=st.lists(st.integers(0, NUM_USERS - 1), max_size=6),
+    ids=st.lists(st.integers(0, NUM_ITEMS - 1), max_size=9),
+)
+def test_who_likes_which_candidate(interactions: list[tuple[int, int]], users: list[int], ids: list[int]) -> None:
+    """Repeated interactions, users without any, the same user or item several times, nothing at all."""
+    pairs = torch.tensor(interactions, dtype=torch.int64).reshape(-1, 2)
+    likes = Likes.of(pairs[:, 0], pairs[:, 1], NUM_USERS, NUM_ITEMS)
+    found = likes.among(torch.tensor(users, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
+    assert found.tolist() == [[(user, item) in interactions for item in ids] for user in users]
