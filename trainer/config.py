@@ -36,6 +36,7 @@ class DataConfig(_Table):
     folder: str = "."
     """Where the files are, relative to the TOML file."""
     interactions: str = Field(min_length=1)
+    """A file, or a folder of Parquet files or a pattern such as `days/*.parquet`, read as one table."""
     items: str = Field(min_length=1)
     users: str | None = Field(default=None, min_length=1)
     """Without it users are the distinct ids of the interactions and have no other column."""
@@ -43,6 +44,8 @@ class DataConfig(_Table):
     item_id_column: str = Field(default="item_id", min_length=1)
     timestamp_column: str = Field(default="timestamp", min_length=1)
     """Unix seconds, or a date and time."""
+    weight_column: str | None = Field(default=None, min_length=1)
+    """Of the interactions: how much the loss of each counts beside the others'. Without it all count alike."""
     csv_separator: str = Field(default=",", min_length=1, max_length=1)
 
 

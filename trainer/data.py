@@ -5,7 +5,7 @@ Deliberately does not know how features are encoded, nor what is trained on them
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,8 @@ USER_ID = "user_id"
 ITEM_ID = "item_id"
 
 _YEAR_10000_S = 253_402_300_800
+_ROWS_AT_ONCE = 1 << 20
+_PATTERN = frozenset("*?[")
 _FEWEST_INTERACTIONS = 3
 """One each for training, validation and test."""
 
@@ -57,6 +59,8 @@ class InteractionLog:
     """`[N]` Unix seconds."""
     starts: NDArray[np.int64]
     """`[N]` position of the same user's first interaction."""
+    weights: NDArray[np.float64] | None = None
+    """`[N]` how much each counts in training beside the others; None where all count alike."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> Traini
     rows, log_notes = _item_rows(interactions, items, paths["items"])
     users, user_rows, unlisted_notes = _user_rows(interactions, users)
     kept = rows >= 0
-    log = order_by_time(user_rows[kept], rows[kept], interactions.timestamps_s[kept])
+    weights = None if interactions.weights is None else interactions.weights[kept]
+    log = order_by_time(user_rows[kept], rows[kept], interactions.timestamps_s[kept], weights)
     _check_enough(log, interactions)
     return TrainingData(users, items, log, (*item_notes, *user_notes, *log_notes, *unlisted_notes))
 
@@ -120,29 +125,63 @@ def data_files(config: DataConfig, folder: Path) -> dict[str, Path]:
 
 
 def digest_files(paths: Mapping[str, Path]) -> dict[str, str]:
-    """sha256 of each file, hexadecimal.
+    """sha256 of each table's file, hexadecimal; of several files the sha256 of theirs, in order of their paths.
 
     Raises:
         InvalidInputError: a file cannot be read.
     """
     digests = {}
     for table, path in paths.items():
-        try:
-            with path.open("rb") as file:
-                digests[table] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InvalidInputError(_unreadable(path, table, error)) from error
+        of_files = [_digest(file, table) for file in _files(path, table)]
+        digests[table] = of_files[0] if len(of_files) == 1 else hashlib.sha256("".join(of_files).encode()).hexdigest()
     return digests
 
 
+def _digest(path: Path, table: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InvalidInputError(_unreadable(path, table, error)) from error
+
+
+def _files(path: Path, table: str) -> list[Path]:
+    """The file itself; or the Parquet files of a folder, or those that a pattern names, in order of their paths."""
+    if path.is_dir():
+        folder, pattern = path, "**/*.parquet"
+    elif _PATTERN.intersection(str(path)) and not path.exists():
+        folder = next(parent for parent in path.parents if not _PATTERN.intersection(str(parent)))
+        pattern = str(path.relative_to(folder))
+    else:
+        return [path]
+    # What writers leave beside their parts (`_SUCCESS`, `_temporary`, `.part.crc`) is no data.
+    files = [
+        file
+        for file in folder.glob(pattern)
+        if file.is_file() and not any(part[0] in "._" for part in file.relative_to(folder).parts)
+    ]
+    if not files:
+        raise InvalidInputError(f"{path}: there is no Parquet file; fix [data] {table} or folder")
+    return sorted(files)
+
+
 def order_by_time(
-    users: NDArray[np.int64], items: NDArray[np.int64], timestamps_s: NDArray[np.float64]
+    users: NDArray[np.int64],
+    items: NDArray[np.int64],
+    timestamps_s: NDArray[np.float64],
+    weights: NDArray[np.float64] | None = None,
 ) -> InteractionLog:
     """Orders interactions `[N]` by user, then time; interactions of one moment stay in the order they came in."""
     order = np.lexsort((timestamps_s, users))
     users = users[order]
     _, first, inverse = np.unique(users, return_index=True, return_inverse=True)
-    return InteractionLog(users, items[order], timestamps_s[order], first[inverse].astype(np.int64))
+    return InteractionLog(
+        users,
+        items[order],
+        timestamps_s[order],
+        first[inverse].astype(np.int64),
+        None if weights is None else weights[order],
+    )
 
 
 def split_by_time(log: InteractionLog) -> Split:
@@ -173,6 +212,7 @@ class _Interactions:
     item_codes: NDArray[np.int64]
     item_ids: Sequence[str]
     timestamps_s: NDArray[np.float64]
+    weights: NDArray[np.float64] | None
 
 
 def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
@@ -182,24 +222,37 @@ def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
         config.timestamp_column: "[data] timestamp_column",
     }
     as_strings = [config.user_id_column, config.item_id_column]
-    table = _read_table(path, "interactions", columns, as_strings, config.csv_separator)
-    user_codes, user_ids = _id_codes(table, path, config.user_id_column)
-    item_codes, item_ids = _id_codes(table, path, config.item_id_column)
+    if config.weight_column is not None:
+        columns.setdefault(config.weight_column, "[data] weight_column")
+    # Columns a part at a time: what is kept of a row are two codes and its numbers, never its strings.
+    user_codes, item_codes, timestamps_s, weights = [], [], [], []
+    user_code_of: dict[str, int] = {}
+    item_code_of: dict[str, int] = {}
+    for file in _files(path, "interactions"):
+        for part in _read_parts(file, "interactions", columns, as_strings, config.csv_separator):
+            user_codes.append(_id_codes(part, file, config.user_id_column, user_code_of))
+            item_codes.append(_id_codes(part, file, config.item_id_column, item_code_of))
+            timestamps_s.append(_timestamps_s(part, file, config.timestamp_column))
+            if config.weight_column is not None:
+                weights.append(_weights(part, file, config.weight_column))
+    if not user_codes:
+        raise InvalidInputError(_no_rows(path, "interactions"))
+    user_ids, item_ids = list(user_code_of), list(item_code_of)
     for name, ids in ((config.user_id_column, user_ids), (config.item_id_column, item_ids)):
         if len(ids) < 2:
             raise InvalidInputError(
                 f"{path}: column {name!r}: {ids[0]!r} is the only id; training needs at least two different ones"
             )
-    timestamps_s = _timestamps_s(table, path, config.timestamp_column)
     return _Interactions(
         path,
         config.user_id_column,
         config.item_id_column,
-        user_codes,
+        np.concatenate(user_codes),
         user_ids,
-        item_codes,
+        np.concatenate(item_codes),
         item_ids,
-        timestamps_s,
+        np.concatenate(timestamps_s),
+        np.concatenate(weights) if weights else None,
     )
 
 
@@ -214,7 +267,9 @@ def _read_entities(
         wanted.setdefault(column, f"feature {feature.name!r}")
     as_strings = [id_column, *(feature.column for feature in features if feature.kind in ("categorical", "text"))]
     table = _read_table(path, table_name, wanted, as_strings, separator)
-    codes, ids = _id_codes(table, path, id_column)
+    code_of: dict[str, int] = {}
+    codes = _id_codes(table, path, id_column, code_of)
+    ids = list(code_of)
     # The position of each id's last row: a later assignment to the same index wins.
     last = np.zeros(len(ids), dtype=np.int64)
     last[codes] = np.arange(len(codes))
@@ -296,12 +351,26 @@ def _check_enough(log: InteractionLog, interactions: _Interactions) -> None:
             f"{interactions.path}: column {interactions.user_column!r}: no user has {_FEWEST_INTERACTIONS} or more "
             "interactions (one each to train on, to validate and to test); give a longer period"
         )
+    if log.weights is not None and not log.weights[split_by_time(log).train].any():
+        raise InvalidInputError(
+            f"{interactions.path}: [data] weight_column: all interactions to train on weigh 0; give some more"
+        )
 
 
 def _read_table(
     path: Path, table: str, wanted: Mapping[str, str], as_strings: Sequence[str], separator: str
 ) -> pa.Table:
-    """Reads the wanted columns.
+    """Reads the wanted columns; otherwise as `_read_parts`."""
+    parts = list(_read_parts(path, table, wanted, as_strings, separator))
+    if not parts:
+        raise InvalidInputError(_no_rows(path, table))
+    return pa.concat_tables(parts)
+
+
+def _read_parts(
+    path: Path, table: str, wanted: Mapping[str, str], as_strings: Sequence[str], separator: str
+) -> Iterator[pa.Table]:
+    """Reads the wanted columns, of a Parquet file so many rows at a time; no part is empty.
 
     Args:
         path: A Parquet or CSV file.
@@ -315,9 +384,11 @@ def _read_table(
             raise InvalidInputError(f"{path}: the file is empty; [data] {table} needs a Parquet or CSV file with rows")
         match path.suffix.lower():
             case ".parquet":
-                available = pq.read_schema(path).names
-                _check_columns(path, available, wanted)
-                content = pq.ParquetFile(path).read(columns=list(wanted))
+                with pq.ParquetFile(path) as file:
+                    _check_columns(path, file.schema_arrow.names, wanted)
+                    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(wanted)):
+                        if batch.num_rows:
+                            yield pa.Table.from_batches([batch])
             case ".csv" | ".tsv":
                 parsing = pacsv.ParseOptions(delimiter=separator, newlines_in_values=True)
                 with pacsv.open_csv(path, parse_options=parsing) as reader:
@@ -328,6 +399,8 @@ def _read_table(
                     column_types={name: pa.string() for name in as_strings if name in wanted},
                 )
                 content = pacsv.read_csv(path, parse_options=parsing, convert_options=conversion)
+                if content.num_rows:
+                    yield content
             case suffix:
                 raise InvalidInputError(
                     f"{path}: files ending in {suffix!r} cannot be read; [data] {table} needs .parquet or .csv"
@@ -339,9 +412,10 @@ def _read_table(
         raise InvalidInputError(
             f"{path}: not a readable {path.suffix[1:]} file ({first_line}); write it again"
         ) from error
-    if content.num_rows == 0:
-        raise InvalidInputError(f"{path}: the file has no rows; [data] {table} needs at least one")
-    return content
+
+
+def _no_rows(path: Path, table: str) -> str:
+    return f"{path}: the file has no rows; [data] {table} needs at least one"
 
 
 def _unreadable(path: Path, table: str, error: OSError) -> str:
@@ -359,8 +433,8 @@ def _check_columns(path: Path, available: Sequence[str], wanted: Mapping[str, st
         )
 
 
-def _id_codes(table: pa.Table, path: Path, name: str) -> tuple[NDArray[np.int64], list[str]]:
-    """Ids as codes `[N]` into the list of different ids, in the order of their first appearance."""
+def _id_codes(table: pa.Table, path: Path, name: str, code_of: dict[str, int]) -> NDArray[np.int64]:
+    """Ids as codes `[N]`; ids without one get the next, in the order of their first appearance."""
     column = _plain(table.column(name))
     if not (_is_string(column.type) or pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise InvalidInputError(f"{path}: column {name!r} is {column.type}; ids must be strings or integers")
@@ -376,7 +450,9 @@ def _id_codes(table: pa.Table, path: Path, name: str) -> tuple[NDArray[np.int64]
         raise InvalidInputError(
             f"{path}: column {name!r}: {num_missing:,} of {len(codes):,} rows have no id; remove them"
         )
-    return codes, [token for token in tokens if token is not None]
+    # Without a token stands only a missing id, and no row has one.
+    code_of_entry = [-1 if token is None else code_of.setdefault(token, len(code_of)) for token in tokens]
+    return np.array(code_of_entry, dtype=np.int64)[codes]
 
 
 def _timestamps_s(table: pa.Table, path: Path, name: str) -> NDArray[np.float64]:
@@ -398,6 +474,20 @@ def _timestamps_s(table: pa.Table, path: Path, name: str) -> NDArray[np.float64]
             f"{path}: column {name!r}: {outside[0]:.0f} is not a moment in Unix seconds; divide milliseconds by 1000"
         )
     return moments_s
+
+
+def _weights(table: pa.Table, path: Path, name: str) -> NDArray[np.float64]:
+    column = _plain(table.column(name))
+    if not _is_number(column.type):
+        raise InvalidInputError(f"{path}: column {name!r} is {column.type}; [data] weight_column must hold numbers")
+    weights: NDArray[np.float64] = pc.fill_null(column.cast(pa.float64()), math.nan).to_numpy()
+    is_wrong = ~(np.isfinite(weights) & (weights >= 0))
+    if is_wrong.any():
+        raise InvalidInputError(
+            f"{path}: column {name!r} ([data] weight_column): {int(is_wrong.sum()):,} of {len(weights):,} rows have no "
+            f"weight or one such as {weights[is_wrong][0]}; give finite numbers from 0 up"
+        )
+    return weights
 
 
 def _check_id_feature(feature: Feature, path: Path) -> None:

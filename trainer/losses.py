@@ -46,6 +46,7 @@ def softmax_loss(
     is_liked: Tensor,
     temperature: Tensor | float,
     score_margin: float | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Softmax cross entropy of each query's positive among all candidates.
 
@@ -60,6 +61,7 @@ def softmax_loss(
             among them, and stays.
         temperature: Scores are divided by it.
         score_margin: See `above_margin`; None keeps all.
+        weights: `[B]` what the loss of each row is multiplied by; None for all alike.
 
     Returns:
         Scalar, the mean over the batch.
@@ -68,7 +70,7 @@ def softmax_loss(
     if score_margin is not None:
         is_liked = is_liked | above_margin(scores.detach(), positives, score_margin)
     corrected = logq_corrected(scaled(scores, temperature), log_q)
-    return cross_entropy(masked(corrected, false_negatives(is_liked, positives)), positives)
+    return cross_entropy(masked(corrected, false_negatives(is_liked, positives)), positives, weights)
 
 
 def scaled(scores: Tensor, temperature: Tensor | float) -> Tensor:
@@ -157,17 +159,21 @@ def masked(scores: Tensor, is_false_negative: Tensor) -> Tensor:
     return scores.masked_fill(is_false_negative, -torch.inf)
 
 
-def cross_entropy(scores: Tensor, positives: Tensor) -> Tensor:
+def cross_entropy(scores: Tensor, positives: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over rows of -log softmax at the positive.
 
     Args:
         scores: `[B, C]`
         positives: `[B]` the column of each row's positive.
+        weights: `[B]` what the loss of each row is multiplied by; None for all alike. The sum is divided by B, not by
+            theirs, so that an example counts the same in whichever batch it comes.
 
     Returns:
         Scalar.
     """
-    return functional.cross_entropy(scores, positives)
+    if weights is None:
+        return functional.cross_entropy(scores, positives)
+    return (functional.cross_entropy(scores, positives, reduction="none") * weights).mean()
 
 
 def log_sampling_probabilities(item_counts: Tensor) -> Tensor:

@@ -170,13 +170,24 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
         items=encoder.items(),
         item_counts=item_counts,
         examples=TrainingExamples(
-            encoder.queries(split.train), positives, losses.log_sampling_probabilities(item_counts)
+            encoder.queries(split.train),
+            positives,
+            losses.log_sampling_probabilities(item_counts),
+            _weights(tables.log, split.train),
         ),
         validation=_held_out(tables.log, split.validation, encoder, config),
         test=_held_out(tables.log, split.test, encoder, config),
         num_users=len(tables.users.ids),
         notes=tables.notes,
     )
+
+
+def _weights(log: data.InteractionLog, positions: NDArray[np.int64]) -> Tensor | None:
+    """Divided by their mean: only their proportions mean something, and the learning rate keeps its scale."""
+    if log.weights is None:
+        return None
+    weights = log.weights[positions]
+    return torch.from_numpy((weights / weights.mean()).astype(np.float32))
 
 
 def publish(checkpoints: CheckpointStore, draft: CheckpointDraft, console: Console) -> int:

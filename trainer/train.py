@@ -44,6 +44,8 @@ class TrainingExamples:
     """`[N]` row of each interaction's item."""
     log_q: Tensor
     """`[I]` log probability that a batch place holds an item."""
+    weights: Tensor | None
+    """`[N]` what the loss of each interaction is multiplied by, 1 on average; None where all count alike."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def train_towers(
                     is_liked,
                     temperature(),
                     options,
+                    None if examples.weights is None else examples.weights[rows],
                 )
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -204,6 +207,7 @@ def loss_of(
     is_liked: Tensor,
     temperature: Tensor,
     options: TrainingConfig,
+    weights: Tensor | None,
 ) -> Tensor:
     """The configured loss of a batch.
 
@@ -215,17 +219,20 @@ def loss_of(
         is_liked: `[B, C]` see `losses.softmax_loss`.
         temperature: A scalar.
         options: Say whether both directions count, and the margin.
+        weights: `[B]` what the loss of each interaction is multiplied by; None where all count alike.
 
     Returns:
         Scalar, the mean over the batch.
     """
     margin = options.score_margin
-    to_items = losses.softmax_loss(queries, items, log_q, columns, is_liked, temperature, margin)
+    to_items = losses.softmax_loss(queries, items, log_q, columns, is_liked, temperature, margin, weights)
     if not options.symmetric:
         return to_items
     # Queries have no q: how often one comes is known of its user, not of its history.
     no_q, rows = torch.zeros(len(queries)), torch.arange(len(queries))
-    to_queries = losses.softmax_loss(items[columns], queries, no_q, rows, is_liked[:, columns].T, temperature, margin)
+    to_queries = losses.softmax_loss(
+        items[columns], queries, no_q, rows, is_liked[:, columns].T, temperature, margin, weights
+    )
     return (to_items + to_queries) / 2
 
 

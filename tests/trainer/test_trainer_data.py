@@ -143,6 +143,76 @@ def test_parquet_and_csv_give_the_same(read: Read, world: Path) -> None:
     assert [value or None for value in text.users.columns["SEGMENT"]] == parquet.users.columns["segment"]
 
 
+def assert_same(found: TrainingData, expected: TrainingData) -> None:
+    assert found.users.ids == expected.users.ids
+    assert found.items.ids == expected.items.ids
+    for name in ("users", "items", "timestamps_s", "starts"):
+        assert getattr(found.log, name).tolist() == getattr(expected.log, name).tolist()
+
+
+def write_days(world: Path) -> None:
+    """The toy interactions as a folder of four parts, one of them empty, as Spark lays them out."""
+    table = pq.read_table(world / FILES["interactions"])
+    for day, (start, stop) in enumerate([(0, 150), (150, 150), (150, 400), (400, 600)]):
+        folder = world / "days" / f"day={day}"
+        folder.mkdir(parents=True)
+        # Each part has ids in an order of its own, and a narrower type than the last.
+        part = table.slice(start, stop - start).set_column(0, "user_id", table["user_id"][start:stop].cast("int32"))
+        pq.write_table(part if day == 2 else table.slice(start, stop - start), folder / "part-0.parquet")
+    (world / "days" / "_SUCCESS").write_text("")
+    (world / "days" / "_temporary").mkdir()
+    (world / "days" / "_temporary" / "part-0.parquet").write_text("half written")
+
+
+@pytest.mark.parametrize("name", ["days", "days/day=*/*.parquet", "days/**/part-[0-9].parquet"])
+@pytest.mark.parametrize("rows_at_once", [7, 1 << 20])
+def test_a_folder_of_parquet_files_is_one_table(
+    read: Read, world: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows_at_once: int
+) -> None:
+    expected = read()
+    write_days(world)
+    monkeypatch.setattr(data, "_ROWS_AT_ONCE", rows_at_once)
+    assert_same(read(interactions=name), expected)
+
+
+def test_a_folder_without_a_parquet_file(read: Read, world: Path) -> None:
+    (world / "days").mkdir()
+    assert f"{world}/days: there is no Parquet file; fix [data] interactions" in refusal(read, interactions="days")
+    assert "days/*.parquet: there is no Parquet file" in refusal(read, interactions="days/*.parquet")
+    pq.write_table(pq.read_table(world / FILES["interactions"]).slice(0, 0), world / "days" / "a.parquet")
+    assert f"{world}/days: the file has no rows" in refusal(read, interactions="days")
+
+
+def test_a_mistake_in_one_file_of_a_folder_names_that_file(read: Read, world: Path) -> None:
+    write_days(world)
+    part = world / "days" / "day=3" / "part-0.parquet"
+    pq.write_table(pq.read_table(part, partitioning=None).drop(["timestamp"]), part)
+    message = refusal(read, interactions="days")
+    assert f"{part}: column 'timestamp' ([data] timestamp_column) is missing" in message
+
+
+def test_the_digest_of_a_folder_changes_with_any_file(world: Path) -> None:
+    write_days(world)
+    before = data.digest_files({"interactions": world / "days"})
+    part = world / "days" / "day=3" / "part-0.parquet"
+    pq.write_table(pq.read_table(part, partitioning=None).slice(1), part)
+    assert data.digest_files({"interactions": world / "days"}) != before
+    assert data.digest_files({"interactions": part}) == data.digest_files({"interactions": world / "days/day=3/*"})
+
+
+def test_weights_follow_their_interactions(read: Read, world: Path) -> None:
+    table = pq.read_table(world / FILES["interactions"])
+    unweighted = read()
+    assert unweighted.log.weights is None
+    # A weight that says which row it is of.
+    weights = pa.array(table["user_id"].to_numpy() * 100 + table["item_id"].to_numpy())
+    shuffled = np.random.default_rng(5).permutation(len(table))
+    found = read(interactions=table.append_column("count", weights).take(shuffled), weight_column="count")
+    assert_same(found, unweighted)
+    assert found.log.weights is not None
+    assert found.log.weights.tolist() == (found.log.users * 100 + found.log.items).tolist()
+
+
 def test_ids_in_csv_files_stay_as_they_are_written(read: Read, world: Path) -> None:
     rows = [f"00{user},0{item},{item}" for user in (1, 2) for item in (1, 2, 3)]
     (world / "i.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
@@ -298,6 +368,27 @@ def test_bad_interactions(read: Read, world: Path, column: str, values: list[Any
     message = refusal(read, interactions=changed(world, "interactions", column, pa.array(values)))
     assert f"{world}/interactions.parquet: column '{column}'" in message
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["much"] * 600, "is string; [data] weight_column must hold numbers"),
+        ([1.0, -2.0] * 300, "300 of 600 rows have no weight or one such as -2.0; give finite numbers from 0 up"),
+        ([1.0, None] * 300, "300 of 600 rows have no weight"),
+        ([1.0, float("inf")] * 300, "300 of 600 rows have no weight"),
+        ([0.0] * 600, "all interactions to train on weigh 0"),
+    ],
+)
+def test_bad_weights(read: Read, world: Path, values: list[Any], expected: str) -> None:
+    table = pq.read_table(world / FILES["interactions"]).append_column("count", pa.array(values))
+    message = refusal(read, interactions=table, weight_column="count")
+    assert f"{world}/interactions.parquet: " in message
+    assert expected in message
+
+
+def test_a_weight_column_that_is_not_there(read: Read) -> None:
+    assert "column 'count' ([data] weight_column) is missing" in refusal(read, weight_column="count")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,14 @@ def test_cross_entropy_by_hand() -> None:
     assert loss.item() == pytest.approx(sum(rows) / 3, abs=1e-6)
 
 
+def test_weights_multiply_the_loss_of_their_rows() -> None:
+    positives = torch.tensor([0, 0, 2])
+    rows = [losses.cross_entropy(SCORES, positives, torch.eye(3)[i]).item() * 3 for i in range(3)]
+    assert sum(rows) / 3 == pytest.approx(losses.cross_entropy(SCORES, positives).item(), abs=1e-6)
+    weighted = losses.cross_entropy(SCORES, positives, torch.tensor([0.5, 0.0, 4.0])).item()
+    assert weighted == pytest.approx((0.5 * rows[0] + 4 * rows[2]) / 3, abs=1e-6)
+
+
 def test_temperature_divides() -> None:
     assert torch.equal(losses.scaled(SCORES, 0.5), SCORES * 2)
 

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -242,3 +245,15 @@ def test_each_epoch_says_what_was_masked_and_what_was_left(world: Path, configur
     own_only = configure(training__epochs=1, training__negatives="all", training__mask_known_positives=False)
     [line] = lines_of(own_only, world, tmp_path / "state")
     assert figure(line, "masked") == 0
+
+
+def test_equal_weights_change_nothing_and_others_do(world: Path, configure: Configure, tmp_path: Path) -> None:
+    table = pq.read_table(world / "interactions.parquet")
+    plain = run(configure(training__epochs=1), world, tmp_path / "plain")
+    trained = []
+    for name, weights in (("equal", np.full(600, 2.0)), ("halves", np.arange(600) % 2 * 1.0)):
+        pq.write_table(table.append_column("weight", pa.array(weights)), world / f"{name}.parquet")
+        config = configure(training__epochs=1, data__interactions=f"{name}.parquet", data__weight_column="weight")
+        trained.append(run(config, world, tmp_path / name))
+    assert_equal(trained[0], plain)
+    assert any(not torch.equal(plain.parameters[name], value) for name, value in trained[1].parameters.items())
