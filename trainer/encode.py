@@ -18,23 +18,40 @@ from towers.schema import SequenceFeature
 from trainer.data import Entities, TrainingData
 from trainer.fit import FittedSchema
 
-_ROWS_AT_ONCE = 16_384
-"""Raw histories are Python lists; this many exist at a time."""
-
 Tensors = dict[str, Tensor]
 """Feature name to encoded values, batch first."""
 
 
 @dataclass(frozen=True)
+class Histories:
+    """The history of each of N queries as a stretch of one array: written out they would take L ids for each."""
+
+    ids: Tensor
+    """`[K]` int32, id of each interaction whose item leaves one, in the order of the log."""
+    starts: Tensor
+    """`[N]` where each history starts in `ids`."""
+    lengths: Tensor
+    """`[N]` int16, never more than the feature's `max_length`."""
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """Histories at `rows` `[B]`, `[B, L]`, padded at the end with 0; L is the longest one's, at least 1."""
+        lengths = self.lengths[rows].unsqueeze(1)  # [B, 1]
+        within = torch.arange(max(1, int(lengths.max())) if len(rows) else 1)  # [L]
+        is_there = within < lengths  # [B, L]
+        padded = torch.zeros(is_there.shape, dtype=torch.int64)
+        padded[is_there] = self.ids[(self.starts[rows].unsqueeze(1) + within)[is_there]].long()
+        return padded
+
+
+@dataclass(frozen=True)
 class EncodedQueries:
-    """Queries at some positions of the log. Features of the user are kept once per user."""
+    """Queries at some positions of the log. Features of the user are kept once per user, histories where they are."""
 
     users: Tensor
     """`[N]` row of each query's user."""
     user_features: Tensors
     """`[U, …]`"""
-    histories: Tensors
-    """`[N, L]`"""
+    histories: Mapping[str, Histories]
 
     def __len__(self) -> int:
         return len(self.users)
@@ -43,7 +60,7 @@ class EncodedQueries:
         """Features of the queries at `rows` `[B]`."""
         users = self.users[rows]
         features = {name: values[users] for name, values in self.user_features.items()}
-        return features | {name: ids[rows] for name, ids in self.histories.items()}
+        return features | {name: histories.batch(rows) for name, histories in self.histories.items()}
 
 
 class DataEncoder:
@@ -82,9 +99,7 @@ class DataEncoder:
         return EncodedQueries(
             users=torch.from_numpy(self._data.log.users[positions]),
             user_features=self._user_features,
-            histories={
-                feature.name: torch.from_numpy(self._histories(feature, positions)) for feature in self._sequences
-            },
+            histories={feature.name: self._histories(feature, positions) for feature in self._sequences},
         )
 
     def raw_items(self, rows: Sequence[int]) -> list[dict[str, RawValue]]:
@@ -105,39 +120,25 @@ class DataEncoder:
             queries.append(query)
         return queries
 
-    def _histories(self, feature: SequenceFeature, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Encoded histories `[N, L]`.
-
-        Cut to the newest known items before encoding: the encoder would drop the same ones, but only after reading
-        each user's whole past again for each interaction.
-        """
+    def _histories(self, feature: SequenceFeature, positions: NDArray[np.int64]) -> Histories:
+        """Histories before positions of the log: the newest `max_length` of the interactions that leave an id."""
         log = self._data.log
-        tokens = self._item_columns[feature.items]
-        is_known = self._is_known(feature, tokens)[log.items]
-        known_items = log.items[is_known]
+        ids = self._sequence_ids(feature)[log.items]
+        is_known = ids != 0
         # Number of known interactions before each position, N + 1 of them.
         num_known = np.concatenate(([0], np.cumsum(is_known)))
         stops = num_known[positions]
         starts = np.maximum(num_known[log.starts[positions]], stops - feature.max_length)
-        longest = int((stops - starts).max(initial=1)) or 1
-        encoded = np.zeros((len(positions), longest), dtype=np.int64)
-        for first in range(0, len(positions), _ROWS_AT_ONCE):
-            bounds = zip(
-                starts[first : first + _ROWS_AT_ONCE].tolist(),
-                stops[first : first + _ROWS_AT_ONCE].tolist(),
-                strict=True,
-            )
-            lists = [[tokens[item] for item in known_items[start:stop].tolist()] for start, stop in bounds]
-            ids = self.query.encode({feature.name: lists}, len(lists))[feature.name]
-            encoded[first : first + len(lists), : ids.shape[1]] = ids
-        return encoded
+        return Histories(
+            ids=torch.from_numpy(ids[is_known]),
+            starts=torch.from_numpy(starts),
+            lengths=torch.from_numpy((stops - starts).astype(np.int16)),
+        )
 
-    def _is_known(self, feature: SequenceFeature, tokens: Sequence[RawValue]) -> NDArray[np.bool_]:
-        """`[I]` whether an item leaves an id in a sequence at all."""
-        alone: list[RawValue] = [cast(RawValue, [token]) for token in tokens]
-        ids = self.query.encode({feature.name: alone}, len(tokens))[feature.name]
-        is_known: NDArray[np.bool_] = ids[:, 0] != 0
-        return is_known
+    def _sequence_ids(self, feature: SequenceFeature) -> NDArray[np.int32]:
+        """`[I]` the id that an item has in a sequence, as the encoder gives it to the item alone; 0 where none."""
+        alone: list[RawValue] = [cast(RawValue, [token]) for token in self._item_columns[feature.items]]
+        return self.query.encode({feature.name: alone}, len(alone))[feature.name][:, 0].astype(np.int32)
 
 
 def _encode(encoder: FeatureEncoder, columns: Mapping[str, Sequence[RawValue]], entities: Entities) -> Arrays:

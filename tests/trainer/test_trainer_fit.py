@@ -100,7 +100,7 @@ def test_the_same_data_gives_the_same_schema(world: Path) -> None:
 
 
 def test_training_tensors_are_what_the_encoder_gives_for_raw_features(world: Path) -> None:
-    """Including histories, which are cut before encoding: user by user, position by position."""
+    """Including histories, which are stretches of the log: user by user, position by position, alone and together."""
     config = read_config(world / "toy.toml")
     tables = data.read_data(config.data, config.feature_schema(), world)
     split = data.split_by_time(tables.log)
@@ -110,7 +110,8 @@ def test_training_tensors_are_what_the_encoder_gives_for_raw_features(world: Pat
     encoder = DataEncoder(learned, tables)
     for positions in (split.train, split.test):
         queries = encoder.queries(positions)
-        for row in range(0, len(positions), 7):
+        rows, raws = list(range(0, len(positions), 7)), []
+        for row in rows:
             position, user = positions[row], tables.log.users[positions[row]]
             raw = {
                 feature.name: tables.users.columns[feature.column][user]
@@ -119,12 +120,18 @@ def test_training_tensors_are_what_the_encoder_gives_for_raw_features(world: Pat
             }
             past = tables.log.items[tables.log.starts[position] : position]
             raw["history"] = [tables.items.ids[item] for item in past]  # type: ignore[assignment]
+            raws.append(raw)
             expected = encoder.query.encode_rows([raw])
             for name, found in queries.batch(torch.tensor([row])).items():
                 array = expected[name]
                 assert np.array_equal(found[:, : array.shape[1]] if array.ndim > 1 else found, array), name
                 # What follows is padding, as long as the longest list of the others.
                 assert array.ndim == 1 or not found[:, array.shape[1] :].any()
+        together = encoder.query.encode_rows(raws)
+        found = queries.batch(torch.tensor(rows))["history"]
+        assert found.dtype == torch.int64
+        assert np.array_equal(found, together["history"])
+        assert queries.batch(torch.tensor([], dtype=torch.int64))["history"].shape == (0, 1)
     items = encoder.items()
     raw_items = encoder.raw_items(range(len(tables.items.ids)))
     for name, array in encoder.item.encode_rows(raw_items).items():
