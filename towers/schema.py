@@ -86,7 +86,7 @@ class SequenceFeature(_Embedded):
     """Name of the item's categorical feature whose ids the sequence holds."""
     max_length: int = Field(default=50, ge=1, le=4096)
     """The newest this many are kept."""
-    pooling: Literal["mean", "attention"] = "mean"
+    pooling: Literal["mean", "attention", "transformer"] = "mean"
     """How the tower makes one vector of it; its ONNX graph holds that, so nobody who serves has to know."""
 
 

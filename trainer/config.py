@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from towers.errors import InvalidInputError, InvalidSchemaError
-from towers.schema import FeatureSchema, SequenceFeature, parse_schema
+from towers.schema import CategoricalFeature, FeatureSchema, SequenceFeature, parse_schema
 
 Activation = Literal["relu", "gelu", "silu"]
 Normalisation = Literal["none", "layer"]
@@ -64,6 +64,10 @@ class ModelConfig(_Table):
     activation: Activation = "relu"
     normalisation: Normalisation = "none"
     """Of each hidden layer, before its activation."""
+    transformer_blocks: int = Field(default=2, ge=1, le=64)
+    """Of each history that is pooled by a transformer, as the next two."""
+    transformer_heads: int = Field(default=2, ge=1, le=64)
+    transformer_dropout: float = Field(default=0.2, ge=0, lt=1)
 
     @field_validator("query_hidden", "item_hidden")
     @classmethod
@@ -180,6 +184,8 @@ def read_config(path: Path) -> TrainerConfig:
         except InvalidSchemaError as error:
             mistakes.append(f"[[features]] {error}")
             kind = type(error)
+    if not mistakes:
+        mistakes += [f"[[features]] {mistake}" for mistake in _indivisible_widths(config)]
     if mistakes:
         raise kind("\n".join(f"{path}: {mistake}" for mistake in mistakes))
     return config
@@ -191,6 +197,21 @@ def _unshared_widths(schema: FeatureSchema) -> list[str]:
         "set embedding_dim there"
         for feature in schema.features
         if isinstance(feature, SequenceFeature) and feature.embedding_dim is not None
+    ]
+
+
+def _indivisible_widths(config: TrainerConfig) -> list[str]:
+    schema, heads = config.feature_schema(), config.model.transformer_heads
+    widths = {
+        feature.name: feature.embedding_dim or config.model.embedding_dim
+        for feature in schema.of("item")
+        if isinstance(feature, CategoricalFeature)
+    }
+    return [
+        f"feature {feature.name!r}, pooling: {widths[feature.items]} columns of {feature.items!r} cannot be shared out "
+        f"among {heads} heads; set embedding_dim to a multiple, or [model] transformer_heads"
+        for feature in schema.features
+        if isinstance(feature, SequenceFeature) and feature.pooling == "transformer" and widths[feature.items] % heads
     ]
 
 

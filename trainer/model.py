@@ -20,7 +20,7 @@ from towers.schema import (
 )
 from towers.tower import input_name
 from trainer.config import Activation, ModelConfig
-from trainer.pooling import AttentionPooling, MeanPooling
+from trainer.pooling import AttentionPooling, CausalTransformer, MeanPooling
 
 _SQUARED_NORM_FLOOR = 1e-12
 _TABLE_STD = 0.05
@@ -55,7 +55,7 @@ class TowerNetwork(nn.Module):
         )
         self.pooling = nn.ModuleDict(
             {
-                input_name(feature.name): _pooling(feature, tables[feature.name].embedding_dim)
+                input_name(feature.name): _pooling(feature, tables[feature.name].embedding_dim, config)
                 for feature in features
                 if isinstance(feature, CategoricalListFeature | SequenceFeature | TextFeature)
             }
@@ -74,24 +74,31 @@ class TowerNetwork(nn.Module):
         layers.append(nn.Linear(width, config.dim))
         self.projection = nn.Sequential(*layers)
 
-    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, features: Mapping[str, Tensor], places: Tensor | None = None) -> Tensor:
         """Embeds encoded features.
 
         Args:
             features: Feature name to its encoded values, shapes as `towers.features.FeatureEncoder` gives them.
+            places: `[B, 2]` a row of the features, and after how many entries of its history the query is asked: all
+                places of a history in one pass. Without them each row is asked once, after its newest entry.
 
         Returns:
             `[B, D]` unit embeddings.
         """
-        parts = [self._vector(feature, features[feature.name]) for feature in self.features]
+        parts = [self._vector(feature, features[feature.name], places) for feature in self.features]
         return normalised(self.projection(torch.cat(parts, dim=1)))  # [B, D]
 
-    def _vector(self, feature: Feature, values: Tensor) -> Tensor:
+    def _vector(self, feature: Feature, values: Tensor, places: Tensor | None) -> Tensor:
         name = input_name(feature.name)
-        if name not in self.tables:
-            return values  # [B, columns]
-        rows: Tensor = self.tables[name](values)  # [B, E] or [B, L, E]
-        return self.pooling[name](rows, values != 0) if name in self.pooling else rows  # [B, E]
+        vectors = values  # [W, columns], [W] or [W, L]
+        if name in self.tables:
+            vectors = self.tables[name](values)  # [W, E] or [W, L, E]
+        if name in self.pooling:
+            pooling = self.pooling[name]
+            if places is not None and isinstance(pooling, CausalTransformer):
+                return pooling.after_each(vectors)[places[:, 0], places[:, 1]]  # [B, E]
+            vectors = pooling(vectors, values != 0)  # [W, E]
+        return vectors if places is None else vectors[places[:, 0]]  # [B, E]
 
 
 class TwoTowers(nn.Module):
@@ -144,9 +151,19 @@ def _table(feature: Feature, num_ids: int, config: ModelConfig) -> nn.Embedding:
     return table
 
 
-def _pooling(feature: CategoricalListFeature | SequenceFeature | TextFeature, width: int) -> nn.Module:
+def _pooling(
+    feature: CategoricalListFeature | SequenceFeature | TextFeature, width: int, config: ModelConfig
+) -> nn.Module:
     if isinstance(feature, SequenceFeature) and feature.pooling == "attention":
         return AttentionPooling(width, feature.max_length)
+    if isinstance(feature, SequenceFeature) and feature.pooling == "transformer":
+        return CausalTransformer(
+            width,
+            feature.max_length,
+            config.transformer_blocks,
+            config.transformer_heads,
+            config.transformer_dropout,
+        )
     return MeanPooling()
 
 

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from towers.errors import InvalidInputError
 from trainer import losses, negatives, state
 from trainer.config import TrainerConfig, TrainingConfig
-from trainer.encode import EncodedQueries, Tensors
+from trainer.encode import EncodedQueries, EncodedWindows, Tensors
 from trainer.evaluate import ScoreRows, embedding_scores, evaluate
 from trainer.likes import Likes
 from trainer.model import TowerNetwork, TwoTowers
 from trainer.questions import Questions
 
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 1024
 _STEPS_PER_ESTIMATE = 16
 """Of so many steps one looks for false negatives that are left."""
 
@@ -39,7 +39,8 @@ _STEPS_PER_ESTIMATE = 16
 class TrainingExamples:
     """N training interactions."""
 
-    queries: EncodedQueries
+    queries: EncodedQueries | EncodedWindows
+    """Its rows are what an epoch permutes: an interaction each, or several."""
     positives: Tensor
     """`[N]` row of each interaction's item."""
     log_q: Tensor
@@ -114,19 +115,21 @@ def train_towers(
         moments = state.moments_of(trained, optimiser)
         return state.RunState(progress, origin, state.parameters_of(trained), best, moments, torch.get_rng_state())
 
-    num_examples = len(examples.positives)
-    num_steps = math.ceil(num_examples / options.batch_size)
+    queries = examples.queries
+    rows_per_step = queries.rows_per_step(options.batch_size)
+    num_steps = math.ceil(len(queries) / rows_per_step)
     state.save_state(state_file, snapshot())
     with _interrupt_noted() as is_interrupted, _bar(console, config.evaluation.metric) as bar:
         task = bar.add_task("", total=num_steps, loss=math.nan, best=progress.best_metric, rate=0.0)
         while not progress.is_finished:
-            order = _permutation(options.seed, progress.epoch, num_examples)
+            order = _permutation(options.seed, progress.epoch, len(queries))
             bar.reset(task, description=f"epoch {progress.epoch + 1}/{options.epochs}", completed=progress.step)
             first_step, start_s, rate = progress.step, time.monotonic(), 0.0
             model.train()
             for step in range(first_step, num_steps):
-                rows = order[step * options.batch_size : (step + 1) * options.batch_size]
-                users, positives = examples.queries.users[rows], examples.positives[rows]
+                rows = order[step * rows_per_step : (step + 1) * rows_per_step]
+                batch = queries.interactions(rows)
+                users, positives = queries.users[batch], examples.positives[batch]
                 candidates, columns = candidates_of(positives, examples.log_q, options, progress.epoch, step)
                 is_liked = (
                     likes.among(users, candidates.ids)
@@ -134,21 +137,21 @@ def train_towers(
                     else losses.accidental_hits(positives, candidates.ids)
                 )
                 loss = loss_of(
-                    model.query(examples.queries.batch(rows)),
+                    model.query(queries.batch(rows), queries.places(rows)),
                     model.item(take(items, candidates.ids)),
                     candidates.log_q if options.logq else torch.zeros_like(candidates.log_q),
                     columns,
                     is_liked,
                     temperature(),
                     options,
-                    None if examples.weights is None else examples.weights[rows],
+                    None if examples.weights is None else examples.weights[batch],
                 )
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
                 temperature.keep_in_range()
-                num_negatives = max(1, is_liked.numel() - len(rows))
-                masked = (is_liked.sum().item() - len(rows)) / num_negatives
+                num_negatives = max(1, is_liked.numel() - len(batch))
+                masked = (is_liked.sum().item() - len(batch)) / num_negatives
                 left = 0.0
                 if step % _STEPS_PER_ESTIMATE == 0:
                     is_held_out = held_out_likes.among(users, candidates.ids)
@@ -312,9 +315,9 @@ def _likes(examples: TrainingExamples, validation: HeldOut, num_items: int) -> t
     )
 
 
-def _permutation(seed: int, epoch: int, num_examples: int) -> Tensor:
+def _permutation(seed: int, epoch: int, num_rows: int) -> Tensor:
     """The order of an epoch: depends on nothing that a resumed run would have to restore."""
-    order: NDArray[np.int64] = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    order: NDArray[np.int64] = np.random.default_rng([seed, epoch]).permutation(num_rows)
     return torch.from_numpy(order)
 
 

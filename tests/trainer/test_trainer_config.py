@@ -127,6 +127,15 @@ def test_a_sequence_has_no_table_of_its_own(write: Callable[[str], Path]) -> Non
     assert "'item_id'" in line
 
 
+def test_heads_share_the_width_of_a_history_evenly(write: Callable[[str], Path]) -> None:
+    history = '[[features]]\nname = "history"\nowner = "query"\nkind = "sequence"\nitems = "item_id"\n'
+    file = write(MINIMAL + history + 'pooling = "transformer"\n')
+    file.write_text(file.read_text().replace("[model]\n", "[model]\ntransformer_heads = 5\n"))
+    [line] = refusal(file)
+    assert "'history', pooling: 32 columns of 'item_id' cannot be shared out among 5 heads" in line
+    assert "embedding_dim" in line
+
+
 def test_schema_mistakes_keep_their_class(write: Callable[[str], Path]) -> None:
     with pytest.raises(InvalidSchemaError):
         read_config(write(MINIMAL.replace('name = "item_id"', 'name = "user_id"')))

@@ -31,7 +31,7 @@ def untrained(prepared: Prepared, config: TrainerConfig) -> TwoTowers:
     return model
 
 
-@pytest.mark.parametrize("pooling", ["attention"])
+@pytest.mark.parametrize("pooling", ["attention", "transformer"])
 def test_exported_histories_equal_torch_at_any_length(world: Path, configure: Configure, pooling: str) -> None:
     """Toy histories hold at most 5 items; those of callers none, one, five, or more than are kept."""
     config = configure(history__pooling=pooling, item_id__min_count=1, model__normalisation="layer")

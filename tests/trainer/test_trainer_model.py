@@ -101,7 +101,7 @@ def test_missing_and_unknown_say_nothing_at_first() -> None:
     assert buckets.abs().sum(dim=1).gt(0).tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention"])
+@pytest.mark.parametrize("pooling", ["mean", "attention", "transformer"])
 def test_padding_and_batch_do_not_change_an_embedding(pooling: str) -> None:
     history = {**HISTORY, "pooling": pooling}
     model, query, _ = build([history, ITEM], {"item_id": list("abcdef")}, ModelConfig(dim=4, query_hidden=(5,)))

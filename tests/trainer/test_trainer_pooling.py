@@ -1,9 +1,11 @@
 import math
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from trainer.pooling import AttentionPooling, MeanPooling
+from trainer.pooling import AttentionPooling, CausalTransformer, MeanPooling
 
 
 def histories(*lengths: int, longest: int = 5, width: int = 4) -> tuple[Tensor, Tensor]:
@@ -17,6 +19,15 @@ def attention(max_length: int = 5) -> AttentionPooling:
     torch.manual_seed(0)
     pooling = AttentionPooling(4, max_length)
     torch.nn.init.normal_(pooling.score_by_age.weight)
+    return pooling
+
+
+def transformer(dropout: float = 0.0) -> CausalTransformer:
+    """Of random weights, so that nothing is hidden by a zero or a one."""
+    torch.manual_seed(0)
+    pooling = CausalTransformer(4, max_length=5, blocks=2, heads=2, dropout=dropout)
+    for parameter in pooling.parameters():
+        nn.init.normal_(parameter, std=0.5)
     return pooling
 
 
@@ -65,10 +76,57 @@ def test_attention_stays_finite_with_scores_of_any_size() -> None:
     assert (pooled.abs().sum(dim=1) > 0).all()
 
 
-def test_padding_is_never_read() -> None:
-    pooling = attention()
+def test_a_transformer_answers_after_each_entry_as_if_it_were_the_newest() -> None:
+    pooling = transformer()
+    rows, is_present = histories(5, 3, 0)
+    states = pooling.after_each(rows)
+    assert states.shape == (3, 6, 4)
+    assert torch.equal(pooling(rows, is_present), states[[0, 1, 2], [5, 3, 0]])
+    for length in range(6):
+        prefix, is_prefix = rows[:, : max(1, length)], torch.arange(max(1, length)).expand(3, -1) < length
+        assert torch.allclose(pooling(prefix, is_prefix), states[:, length], atol=1e-5)
+
+
+def test_a_transformer_sees_nothing_that_comes_later() -> None:
+    pooling = transformer()
+    rows, _ = histories(5)
+    rows.requires_grad_()
+    for place in range(6):
+        [gradient] = torch.autograd.grad(pooling.after_each(rows)[0, place].square().sum(), rows)
+        assert gradient[0].abs().sum(dim=1).gt(0).tolist() == [entry < place for entry in range(5)]
+
+
+def test_a_transformer_is_what_the_paper_says() -> None:
+    """One place at a time, in loops over heads and over the places before it."""
+    pooling = transformer()
+    rows, _ = histories(5)
+    states = torch.cat([pooling.start.unsqueeze(0), rows[0]]) + pooling.positions.weight
+    states = states * 2  # the root of the width
+    for block in pooling.blocks:
+        assert isinstance(block.attention_in, nn.Linear)
+        queries, keys, values = block.attention_in(block.attention_norm(states)).chunk(3, dim=1)
+        seen = torch.zeros(6, 4)
+        for place in range(6):
+            for head in (slice(0, 2), slice(2, 4)):
+                scores = torch.stack([queries[place, head] @ keys[other, head] for other in range(place + 1)])
+                seen[place, head] = functional.softmax(scores / math.sqrt(2), dim=0) @ values[: place + 1, head]
+        states = states + block.attention_out(seen)
+        states = states + block.layers(states)
+    assert torch.allclose(pooling.after_each(rows)[0], pooling.norm(states), atol=1e-5)
+
+
+def test_a_transformer_drops_out_in_training_only() -> None:
+    pooling = transformer(dropout=0.5)
+    rows, is_present = histories(5)
+    assert not torch.equal(pooling(rows, is_present), pooling(rows, is_present))
+    pooling.eval()
+    assert torch.equal(pooling(rows, is_present), pooling(rows, is_present))
+
+
+@pytest.mark.parametrize("pooling", [attention(), transformer()], ids=["attention", "transformer"])
+def test_padding_is_never_read(pooling: nn.Module) -> None:
     rows, is_present = histories(2, 0, 4)
     expected = pooling(rows, is_present)
-    rows = rows.masked_fill(~is_present.unsqueeze(-1), 1e30)
+    rows = rows.masked_fill(~is_present.unsqueeze(-1), 1e6)
     assert torch.equal(pooling(rows, is_present), expected)
     assert torch.allclose(pooling(rows[:, :4], is_present[:, :4]), expected, atol=1e-6)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import io
 import signal
@@ -16,7 +17,7 @@ from torch import Tensor
 from towers.errors import InvalidInputError
 from trainer import state
 from trainer.config import TrainerConfig
-from trainer.encode import EncodedQueries, Tensors
+from trainer.encode import EncodedQueries, EncodedWindows, Tensors
 from trainer.model import TwoTowers
 from trainer.run import prepare
 from trainer.train import TrainingExamples, train_towers
@@ -40,7 +41,7 @@ def run(
         model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model)
         examples = prepared.examples
         if interrupt_at is not None:
-            examples = dataclasses.replace(examples, queries=_Interrupting(examples.queries, interrupt_at))
+            examples = dataclasses.replace(examples, queries=_interrupting(examples.queries, interrupt_at))
         return train_towers(
             model,
             prepared.items,
@@ -54,18 +55,18 @@ def run(
         )
 
 
-class _Interrupting(EncodedQueries):
+def _interrupting(queries: EncodedQueries | EncodedWindows, interrupt_at: int) -> EncodedQueries | EncodedWindows:
     """Queries whose nth batch brings a real SIGINT."""
+    countdown = iter(range(interrupt_at - 1, -1, -1))
 
-    def __init__(self, queries: EncodedQueries, interrupt_at: int) -> None:
-        super().__init__(queries.users, queries.user_features, queries.histories)
-        object.__setattr__(self, "countdown", interrupt_at)
-
-    def batch(self, rows: Tensor) -> Tensors:
-        object.__setattr__(self, "countdown", self.countdown - 1)  # type: ignore[attr-defined]
-        if self.countdown == 0:  # type: ignore[attr-defined]
+    def batch(rows: Tensor) -> Tensors:
+        if next(countdown, None) == 0:
             signal.raise_signal(signal.SIGINT)
-        return super().batch(rows)
+        return queries.batch(rows)
+
+    interrupting = copy.copy(queries)
+    object.__setattr__(interrupting, "batch", batch)
+    return interrupting
 
 
 def assert_equal(first: state.RunState, second: state.RunState) -> None:
@@ -79,12 +80,12 @@ def assert_equal(first: state.RunState, second: state.RunState) -> None:
             assert torch.equal(value, second.moments[name][moment]), (name, moment)
 
 
-@pytest.mark.parametrize("interrupt_at", [1, 20, 30])
+@pytest.mark.parametrize(("pooling", "interrupt_at"), [("mean", 1), ("mean", 20), ("mean", 30), ("transformer", 20)])
 def test_a_resumed_run_equals_an_undisturbed_one(
-    world: Path, configure: Configure, tmp_path: Path, interrupt_at: int
+    world: Path, configure: Configure, tmp_path: Path, pooling: str, interrupt_at: int
 ) -> None:
     """15 steps an epoch: after the first step, in the middle of the second epoch, and after its last step."""
-    config = configure(training__epochs=3)
+    config = configure(training__epochs=3, history__pooling=pooling, item_id__min_count=1)
     undisturbed = run(config, world, tmp_path / "undisturbed")
     with pytest.raises(KeyboardInterrupt):
         run(config, world, tmp_path / "interrupted", interrupt_at)
@@ -257,3 +258,13 @@ def test_equal_weights_change_nothing_and_others_do(world: Path, configure: Conf
         trained.append(run(config, world, tmp_path / name))
     assert_equal(trained[0], plain)
     assert any(not torch.equal(plain.parameters[name], value) for name, value in trained[1].parameters.items())
+
+
+def test_one_pass_over_histories_learns(world: Path, configure: Configure, tmp_path: Path) -> None:
+    output = io.StringIO()
+    config = configure(training__epochs=6, history__pooling="transformer", item_id__min_count=1)
+    run(config, world, tmp_path / "state", console=Console(file=output, width=200))
+    lines = [line.split() for line in output.getvalue().splitlines()]
+    assert float(lines[-1][3]) < float(lines[0][3])
+    # A popularity ranking finds 8 of 40 unseen items at 10 about as often as chance: 10 / 32.
+    assert max(float(line[6]) for line in lines) > 0.5
