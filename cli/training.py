@@ -26,8 +26,15 @@ def train(
         Path | None, typer.Option(help="Folder of the data files, instead of the configuration's.", metavar="FOLDER")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    force: Annotated[
+        str | None,
+        typer.Option(help="Publish although gates refuse; the manifest keeps who and why.", metavar="REASON"),
+    ] = None,
 ) -> None:
-    """Train both towers and publish them as a new checkpoint. Ctrl-C is safe: --resume goes on."""
+    """Train both towers and publish them as a new checkpoint. Ctrl-C is safe: --resume goes on.
+
+    Towers that have collapsed, or cannot be shown to be about as good as the live checkpoint, are not published.
+    """
     from cli.failures import INTERRUPTED
     from cli.screen import screen
     from trainer.config import read_config
@@ -39,7 +46,7 @@ def train(
     from trainer import run
 
     try:
-        run.train(config, store=store, resume=resume, console=screen(), data_folder=data)
+        run.train(config, store=store, resume=resume, console=screen(), data_folder=data, force=force)
     except run.Interrupted as interrupted:
         typer.echo(str(interrupted), err=True)
         raise typer.Exit(INTERRUPTED) from interrupted
@@ -83,6 +90,7 @@ def _as_row(version: int, manifest: "Manifest | Exception", deployment: "Deploym
         "dim": manifest.dim,
         "parent_version": manifest.parent_version,
         "code_revision": manifest.code_revision,
+        "forced": manifest.forced.model_dump() if manifest.forced else None,
         "metrics": dict(manifest.metrics),
     }
 
@@ -104,6 +112,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         if "error" in row:
             table.add_row(str(row["version"]), *[""] * (len(names) + 2), f"{mark} damaged: {row['error']}".strip())
             continue
+        if row["forced"]:
+            mark = f"{mark} forced: {row['forced']['reason']}".strip()
         figures = (f"{row['metrics'][name]:.4f}" if name in row["metrics"] else "" for name in names)
         table.add_row(str(row["version"]), row["created"], str(row["dim"]), *figures, mark)
     screen().print(table)

@@ -39,6 +39,16 @@ class FileDigest(BaseModel):
     size_bytes: int
 
 
+class Forced(BaseModel):
+    """Who published a checkpoint although gates refused it, and why."""
+
+    model_config = ConfigDict(frozen=True)
+
+    by: str
+    reason: str
+    refusals: Sequence[str]
+
+
 class Manifest(BaseModel):
     """What a checkpoint is. Written last: no manifest, no checkpoint."""
 
@@ -58,6 +68,8 @@ class Manifest(BaseModel):
     """First and last interaction trained on."""
     code_revision: str
     parent_version: int | None
+    forced: Forced | None = None
+    """None where no gate was overridden."""
 
 
 class GoldenExamples(BaseModel):
@@ -85,6 +97,7 @@ class CheckpointDraft:
     parent_version: int | None
     validation_queries: NDArray[np.float32] | None = None
     """`[Q, D]` unit embeddings of held-out queries by the exported query tower; indexes are tuned with them."""
+    forced: Forced | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +218,7 @@ class CheckpointStore:
             data_window=draft.data_window,
             code_revision=draft.code_revision,
             parent_version=draft.parent_version,
+            forced=draft.forced,
         )
         files[MANIFEST] = manifest.model_dump_json(indent=1).encode()
         is_claimed = False

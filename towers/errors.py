@@ -88,7 +88,7 @@ class WrongShardError(TwoTowerError):
 
 
 class GateRefusedError(TwoTowerError):
-    """A promotion that a gate refuses. The message names the gate and its figure."""
+    """A publication or promotion that a gate refuses. The message names the gate and its figure."""
 
     status = grpc.StatusCode.FAILED_PRECONDITION
 

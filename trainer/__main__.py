@@ -24,6 +24,9 @@ def main() -> int:
     parser.add_argument("--store", required=True, help="object store to publish to: a folder, s3://, gs:// or az://")
     parser.add_argument("--data", type=Path, help="folder of the data files, instead of [data] folder")
     parser.add_argument("--resume", action="store_true", help="go on from where an earlier run was interrupted")
+    parser.add_argument(
+        "--force", metavar="REASON", help="publish although gates refuse; the manifest keeps who and why"
+    )
     arguments = parser.parse_args()
     errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
@@ -46,6 +49,7 @@ def _train(arguments: argparse.Namespace, errors: Console) -> int:
             resume=arguments.resume,
             console=Console(),
             data_folder=arguments.data,
+            force=arguments.force,
         )
     except InvalidInputError as error:
         errors.print(str(error))

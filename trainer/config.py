@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -120,7 +120,11 @@ class EvaluationConfig(_Table):
     exclude_seen: bool = True
     """Whether items of the user's history leave the ranking."""
     metric: str = "recall_at_10"
-    """Chooses the best epoch, on validation."""
+    """Chooses the best epoch, on validation, and is what publishing is judged by, on the test set."""
+    max_loss: float = Field(default=0.1, ge=0, le=1)
+    """Largest loss of the metric to the live checkpoint, as a share of its figure."""
+    max_slice_loss: Mapping[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    """The same for slices, by their names."""
 
     @field_validator("ks")
     @classmethod

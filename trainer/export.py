@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
-from towers.checkpoint import CheckpointDraft, GoldenExamples, Manifest, TowerFiles
+from towers.checkpoint import CheckpointDraft, Forced, GoldenExamples, Manifest, TowerFiles
 from towers.errors import InvalidInputError, TwoTowerError
 from towers.features import Arrays, FeatureEncoder, RawValue
 from towers.schema import (
@@ -202,6 +202,7 @@ def draft_checkpoint(
     config: Mapping[str, Any],
     data_window: tuple[datetime, datetime],
     code_revision: str,
+    forced: Forced | None,
 ) -> CheckpointDraft:
     """All of the checkpoint but its number and its parent, which are known when it is published."""
     return CheckpointDraft(
@@ -216,6 +217,7 @@ def draft_checkpoint(
         code_revision=code_revision,
         parent_version=None,
         validation_queries=exported.validation_queries,
+        forced=forced,
     )
 
 

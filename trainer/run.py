@@ -4,9 +4,12 @@ Deliberately does not know the command line; every line a user reads goes to the
 """
 
 import dataclasses
+import getpass
 import importlib.metadata
+import os
+import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +22,37 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from towers.checkpoint import MAX_VALIDATION_QUERIES, CheckpointDraft, CheckpointStore
-from towers.errors import ConflictError, StoreUnavailableError
+from towers.checkpoint import MAX_VALIDATION_QUERIES, CheckpointDraft, CheckpointStore, Forced
+from towers.deployment import DeploymentStore
+from towers.errors import (
+    ConflictError,
+    CorruptArtefactError,
+    GateRefusedError,
+    InvalidInputError,
+    NotFoundError,
+    StoreUnavailableError,
+)
 from towers.features import FeatureEncoder
 from towers.schema import Owner
 from towers.store import Store
-from trainer import comparison, data, export, losses, state
+from trainer import comparison, data, export, gates, losses, state
 from trainer.baselines import baselines
 from trainer.config import TrainerConfig, read_config
 from trainer.encode import DataEncoder
-from trainer.evaluate import rank
+from trainer.evaluate import Ranking, embedding_scores, rank
 from trainer.fit import FittedSchema, fit_schema
 from trainer.model import TwoTowers
+from trainer.published import open_published
 from trainer.questions import ask
-from trainer.train import HeldOut, TrainingExamples, scores, train_towers, validate
+from trainer.slices import Slice, all_slices
+from trainer.train import HeldOut, TrainingExamples, embed_items, embed_queries, train_towers, validate
 
 RUNS = Path("var/runs")
 
 _PUBLISH_ATTEMPTS = 5
 _CHECKED_QUERIES = 1000
+_NOT_TRAINED_ON: Any = {"run_folder": True, "data": {"folder"}, "evaluation": {"max_loss", "max_slice_loss"}}
+"""Keys of the configuration that change nothing about the trained towers."""
 
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
@@ -67,12 +82,20 @@ class Prepared:
     examples: TrainingExamples
     validation: HeldOut
     test: HeldOut
+    gated_slices: Sequence[Slice]
+    """Parts of the test targets that publishing is judged by too."""
     num_users: int
     notes: tuple[str, ...]
 
 
 def train(
-    config_path: Path, *, store: str, resume: bool, console: Console, data_folder: Path | None = None
+    config_path: Path,
+    *,
+    store: str,
+    resume: bool,
+    console: Console,
+    data_folder: Path | None = None,
+    force: str | None = None,
 ) -> TrainingReport:
     """Trains both towers as a configuration says and publishes them as a checkpoint.
 
@@ -83,13 +106,17 @@ def train(
             had finished training is exported and published without training again.
         console: Gets progress and results.
         data_folder: Where the data files are; instead of `[data] folder`.
+        force: Why to publish although gates refuse; the manifest keeps it. None: they decide.
 
     Raises:
         InvalidInputError: the configuration or the data; a line for each mistake names file, column or key, and fix.
+        GateRefusedError: a gate refuses the towers, a line for each reason. `resume` with `force` publishes them.
         StoreUnavailableError: the store cannot be reached. Once training is done, `resume` publishes without training.
         ConflictError: other publishers were first several times.
         Interrupted: Ctrl-C; the message says how to resume.
     """
+    if force is not None and not force.strip():
+        raise InvalidInputError("--force: say why the gates are overridden, the manifest keeps it")
     config = read_config(config_path)
     folder = data_folder if data_folder is not None else config_path.parent / config.data.folder
     run_folder = config_path.parent / config.run_folder if config.run_folder else RUNS / config_path.stem
@@ -125,9 +152,20 @@ def train(
             console,
             resumed,
         )
-        found = _compare(model, prepared, config)
+        gates.check_finite(model)
+        embeddings: dict[Owner, Tensor] = {
+            "query": embed_queries(model.query, prepared.test.queries),
+            "item": embed_items(model.item, prepared.items),
+        }
+        rankings = _rankings(embeddings, prepared, config)
+        found = _compare(rankings, prepared, config)
         metrics = _metrics(found, validate(model, prepared.items, prepared.validation, config))
         console.print(_figures(found, config))
+        refusals = [
+            *gates.collapse_refusals(embeddings),
+            *_live_refusals(objects, rankings[comparison.TOWERS], prepared, config, folder, console),
+        ]
+        forced = _overridden(refusals, force)
         exported = _export(model, prepared)
         _say(console, _agreement(exported))
         draft = export.draft_checkpoint(
@@ -137,6 +175,7 @@ def train(
             config.model_dump(mode="json"),
             data.data_window(prepared.log, prepared.split.train),
             code_revision(),
+            forced,
         )
         version = publish(checkpoints, draft, console)
         _say(console, f"Published checkpoint {version}")
@@ -162,6 +201,8 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
     encoder = DataEncoder(fitted, tables)
     positives = torch.from_numpy(tables.log.items[split.train])
     item_counts = torch.bincount(positives, minlength=len(tables.items.ids))
+    test = _held_out(tables.log, split.test, encoder, config)
+    gated_slices, notes = _gated_slices(tables, fitted, item_counts, test, config)
     return Prepared(
         log=tables.log,
         split=split,
@@ -176,9 +217,10 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
             _weights(tables.log, split.train),
         ),
         validation=_held_out(tables.log, split.validation, encoder, config),
-        test=_held_out(tables.log, split.test, encoder, config),
+        test=test,
+        gated_slices=gated_slices,
         num_users=len(tables.users.ids),
-        notes=tables.notes,
+        notes=(*tables.notes, *notes),
     )
 
 
@@ -233,18 +275,78 @@ def _held_out(
     return HeldOut(encoder.queries(questions.positions), questions)
 
 
-def _compare(model: TwoTowers, prepared: Prepared, config: TrainerConfig) -> comparison.Comparison:
-    """The best epoch and the baselines on the test set."""
-    questions, ks = prepared.test.questions, config.evaluation.ks
-    item_counts = prepared.item_counts.numpy()
+def _gated_slices(
+    tables: data.TrainingData, fitted: FittedSchema, item_counts: Tensor, test: HeldOut, config: TrainerConfig
+) -> tuple[list[Slice], list[str]]:
+    names = list(config.evaluation.max_slice_loss)
+    if not names:
+        return [], []
+    slices = all_slices(tables, fitted.schema, item_counts.numpy(), test.questions)
+    return gates.chosen_slices(names, slices, fitted.schema)
+
+
+def _rankings(embeddings: Mapping[Owner, Tensor], prepared: Prepared, config: TrainerConfig) -> dict[str, Ranking]:
+    """How the best epoch and the baselines rank the test set."""
+    questions = prepared.test.questions
     models = {
-        **baselines(prepared.log, prepared.split.train, questions.positions, len(item_counts)),
-        comparison.TOWERS: scores(model, prepared.items, prepared.test),
+        **baselines(prepared.log, prepared.split.train, questions.positions, len(prepared.item_counts)),
+        comparison.TOWERS: embedding_scores(embeddings["query"], embeddings["item"]),
     }
-    rankings = {
-        name: rank(model_scores, questions.targets, questions.excluded, ks) for name, model_scores in models.items()
+    return {
+        name: rank(scores, questions.targets, questions.excluded, config.evaluation.ks)
+        for name, scores in models.items()
     }
-    return comparison.compare(rankings, ks, item_counts, questions.targets.items)
+
+
+def _compare(rankings: Mapping[str, Ranking], prepared: Prepared, config: TrainerConfig) -> comparison.Comparison:
+    targets = prepared.test.questions.targets.items
+    return comparison.compare(rankings, config.evaluation.ks, prepared.item_counts.numpy(), targets)
+
+
+def _live_refusals(
+    objects: Store, ranking: Ranking, prepared: Prepared, config: TrainerConfig, folder: Path, console: Console
+) -> list[str]:
+    """Why the towers may not follow the live checkpoint; says how they compare."""
+    version = DeploymentStore(objects).current().live_version
+    if version is None:
+        return []
+    options = config.evaluation
+    try:
+        live = open_published(CheckpointStore(objects), version)
+        live_ranking = gates.live_ranking(live, config.data, folder, prepared.test.questions, options.ks)
+    except (InvalidInputError, NotFoundError, CorruptArtefactError) as error:
+        return [f"the live checkpoint {version} cannot be judged on this data: {error}"]
+    judgements = gates.judge(
+        ranking, live_ranking, options.metric, options.max_loss, prepared.gated_slices, options.max_slice_loss
+    )
+    _say(console, f"Beside the live checkpoint {version}, differences with 95 % intervals:")
+    for judgement in judgements:
+        _say(console, f"  {judgement}")
+    return [judgement.refusal for judgement in judgements if not judgement.is_passed]
+
+
+def _overridden(refusals: Sequence[str], force: str | None) -> Forced | None:
+    if not refusals:
+        return None
+    if force is None:
+        raise GateRefusedError(
+            "\n".join(
+                [
+                    *(f"not published: {refusal}" for refusal in refusals),
+                    "The trained towers are saved: run the same command with --resume --force REASON to publish them "
+                    "all the same",
+                ]
+            )
+        )
+    return Forced(by=_user(), reason=force.strip(), refusals=refusals)
+
+
+def _user() -> str:
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        name = f"uid {os.getuid()}"  # Containers run as users that have no name.
+    return f"{name}@{socket.gethostname()}"
 
 
 def _metrics(found: comparison.Comparison, validation: Mapping[str, float]) -> dict[str, float]:
@@ -271,7 +373,7 @@ def _export(model: TwoTowers, prepared: Prepared) -> export.ExportedTowers:
 
 def _origin(config: TrainerConfig, digests: Mapping[str, str]) -> dict[str, Any]:
     """What a resumed run must have in common with its start; where files lie does not matter, what they hold does."""
-    settings = config.model_dump(mode="json", exclude={"run_folder": True, "data": {"folder"}})
+    settings = config.model_dump(mode="json", exclude=_NOT_TRAINED_ON)
     return {"config": settings, "file": dict(digests)}
 
 

@@ -55,9 +55,7 @@ def all_slices(
     slices += [
         Slice(f"history-length={name}", shortest == number) for number, name in enumerate(_length_names(), start=1)
     ]
-    for feature in schema.features:
-        if not isinstance(feature, CategoricalFeature | CategoricalListFeature) or feature.column in (USER_ID, ITEM_ID):
-            continue
+    for feature in _sliced_features(schema):
         entities, rows = (
             (data.items, items)
             if feature.owner == "item"
@@ -67,12 +65,26 @@ def all_slices(
     return [part for part in slices if part.chosen.any()]
 
 
+def slice_kinds(schema: FeatureSchema) -> list[str]:
+    """What the name of a slice may begin with, up to its `=`."""
+    return ["cold-items", "item-popularity", "history-length", *(feature.name for feature in _sliced_features(schema))]
+
+
 def popularity_deciles(item_counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """`[I]` 1 to 10 by training interactions `[I]`, 0 for items without any."""
     warm = np.sort(item_counts[item_counts > 0])
     num_below = np.searchsorted(warm, item_counts, side="left")
     deciles: NDArray[np.int64] = np.where(item_counts > 0, 1 + num_below * NUM_DECILES // max(1, len(warm)), 0)
     return deciles
+
+
+def _sliced_features(schema: FeatureSchema) -> Iterator[CategoricalFeature | CategoricalListFeature]:
+    for feature in schema.features:
+        if isinstance(feature, CategoricalFeature | CategoricalListFeature) and feature.column not in (
+            USER_ID,
+            ITEM_ID,
+        ):
+            yield feature
 
 
 def _length_names() -> Iterator[str]:

@@ -16,7 +16,8 @@ import pytest
 from rich.console import Console
 
 from towers.checkpoint import CheckpointDraft, CheckpointStore, GoldenExamples, Manifest
-from towers.errors import ConflictError, InvalidInputError, StoreUnavailableError
+from towers.deployment import DeploymentStore, promoted, staged
+from towers.errors import ConflictError, GateRefusedError, InvalidInputError, StoreUnavailableError
 from towers.schema import parse_schema
 from towers.store import Store
 from towers.tower import Tower
@@ -148,6 +149,92 @@ def test_training_publishes_a_checkpoint_that_services_load(world: Path) -> None
     pq.write_table(content.slice(0, 39), world / "items.parquet")
     with pytest.raises(InvalidInputError, match=r"the run was started with another file\.items; restore it"):
         trained(world, Screen(), resume=True)
+
+
+def make_live(world: Path, version: int) -> None:
+    deployments = DeploymentStore(Store(str(world / "store")))
+    standby = staged(deployments.current(), version, "test")
+    deployments.write(standby)
+    deployments.write(promoted(standby, "test"))
+
+
+def edit_config(world: Path, *replacements: tuple[str, str]) -> None:
+    config = world / "toy.toml"
+    content = config.read_text()
+    for old, new in replacements:
+        assert old in content
+        content = content.replace(old, new)
+    config.write_text(content)
+
+
+def test_the_same_seed_gives_the_same_checkpoint_which_is_no_worse_than_itself(world: Path) -> None:
+    edit_config(
+        world,
+        ("epochs = 4", "epochs = 2"),
+        (
+            "ks = [5, 10]",
+            'ks = [5, 10]\nmax_loss = 0.0\nmax_slice_loss = { "segment=segment 1" = 0, cold-items = 0.1 }',
+        ),
+    )
+    first = trained(world, Screen())
+    make_live(world, 1)
+    screen = Screen()
+    second = trained(world, screen)
+    checkpoints = CheckpointStore(Store(str(world / "store")))
+    assert (first.version, second.version) == (1, 2)
+    assert second.metrics == first.metrics
+    assert checkpoints.manifest(2).files == checkpoints.manifest(1).files
+    assert checkpoints.manifest(2).forced is None
+    lines = screen.getvalue().splitlines()
+    assert lines[0] == (
+        "Warning: [evaluation] max_slice_loss: slice 'cold-items' is not among those of the test targets, so it is not "
+        "judged"
+    )
+    at = lines.index("Beside the live checkpoint 1, differences with 95 % intervals:")
+    value = f"{first.metrics['test.recall_at_10']:.4f}"
+    assert lines[at + 1] == (
+        f"  recall_at_10, all targets: {value}, of the live checkpoint {value}; difference +0.0000 (+0.0000 to +0.0000)"
+    )
+    assert lines[at + 2].startswith("  recall_at_10, segment=segment 1: ")
+
+    edit_config(world, ("epochs = 2", "epochs = 2\nseed = 1"))
+    trained(world, Screen(), force="another seed")
+    assert checkpoints.manifest(3).files["item_tower.onnx"] != checkpoints.manifest(1).files["item_tower.onnx"]
+
+
+def test_towers_worse_than_the_live_ones_are_published_only_by_force(world: Path) -> None:
+    trained(world, Screen())
+    make_live(world, 1)
+    edit_config(world, ("epochs = 4", "epochs = 1"), ("learning_rate = 0.01", "learning_rate = 1e-9"))
+    with pytest.raises(GateRefusedError) as refused:
+        trained(world, Screen())
+    [reason, advice] = str(refused.value).splitlines()
+    assert reason.startswith("not published: recall_at_10, all targets: 0.")
+    assert reason.endswith("; it must be shown to lose no more than 10% of it")
+    assert "with --resume --force REASON" in advice
+    checkpoints = CheckpointStore(Store(str(world / "store")))
+    assert checkpoints.versions() == [1]
+
+    with pytest.raises(InvalidInputError, match="--force: say why"):
+        trained(world, Screen(), resume=True, force=" ")
+    screen = Screen()
+    assert trained(world, screen, resume=True, force="a drill").version == 2
+    assert "epoch   1" not in screen.getvalue()
+    forced = checkpoints.manifest(2).forced
+    assert forced is not None
+    assert (forced.reason, [f"not published: {line}" for line in forced.refusals]) == ("a drill", [reason])
+    assert "@" in forced.by
+
+
+def test_a_live_checkpoint_that_the_data_cannot_judge_is_a_refusal(world: Path) -> None:
+    edit_config(world, ("epochs = 4", "epochs = 1"))
+    trained(world, Screen())
+    make_live(world, 1)
+    edit_config(world, ('[[features]]\nname = "price"\nowner = "item"\nkind = "number"\n', ""))
+    items = pq.read_table(world / "items.parquet")
+    pq.write_table(items.drop_columns("price"), world / "items.parquet")
+    with pytest.raises(GateRefusedError, match=r"live checkpoint 1 cannot be judged on this data: .*column 'price'"):
+        trained(world, Screen())
 
 
 def run_trainer(world: Path, *arguments: str) -> subprocess.Popen[str]:
