@@ -166,20 +166,20 @@ def _files(path: Path, table: str) -> list[Path]:
 
 
 def order_by_time(
-    users: NDArray[np.int64],
-    items: NDArray[np.int64],
+    users: NDArray[np.integer[Any]],
+    items: NDArray[np.integer[Any]],
     timestamps_s: NDArray[np.float64],
     weights: NDArray[np.float64] | None = None,
 ) -> InteractionLog:
     """Orders interactions `[N]` by user, then time; interactions of one moment stay in the order they came in."""
     order = np.lexsort((timestamps_s, users))
-    users = users[order]
-    _, first, inverse = np.unique(users, return_index=True, return_inverse=True)
+    ordered = users[order].astype(np.int64)
+    first = np.flatnonzero(np.diff(ordered, prepend=-1))
     return InteractionLog(
-        users,
-        items[order],
+        ordered,
+        items[order].astype(np.int64),
         timestamps_s[order],
-        first[inverse].astype(np.int64),
+        np.repeat(first, np.diff(first, append=len(ordered))),
         None if weights is None else weights[order],
     )
 
@@ -207,9 +207,9 @@ class _Interactions:
     path: Path
     user_column: str
     item_column: str
-    user_codes: NDArray[np.int64]
+    user_codes: NDArray[np.int32]
     user_ids: Sequence[str]
-    item_codes: NDArray[np.int64]
+    item_codes: NDArray[np.int32]
     item_ids: Sequence[str]
     timestamps_s: NDArray[np.float64]
     weights: NDArray[np.float64] | None
@@ -301,10 +301,10 @@ def _users_without_table(interactions: _Interactions, features: Sequence[Feature
     return Entities(interactions.user_ids, {USER_ID: interactions.user_ids}, str(interactions.path))
 
 
-def _item_rows(interactions: _Interactions, items: Entities, items_path: Path) -> tuple[NDArray[np.int64], list[str]]:
+def _item_rows(interactions: _Interactions, items: Entities, items_path: Path) -> tuple[NDArray[np.int32], list[str]]:
     """Row of each interaction's item, -1 where the item table has none."""
     row_of = {item_id: row for row, item_id in enumerate(items.ids)}
-    known = np.array([row_of.get(item_id, -1) for item_id in interactions.item_ids], dtype=np.int64)
+    known = np.array([row_of.get(item_id, -1) for item_id in interactions.item_ids], dtype=np.int32)
     rows = known[interactions.item_codes]
     num_dropped = int((rows < 0).sum())
     if num_dropped == len(rows):
@@ -321,12 +321,12 @@ def _item_rows(interactions: _Interactions, items: Entities, items_path: Path) -
     ]
 
 
-def _user_rows(interactions: _Interactions, users: Entities) -> tuple[Entities, NDArray[np.int64], list[str]]:
+def _user_rows(interactions: _Interactions, users: Entities) -> tuple[Entities, NDArray[np.int32], list[str]]:
     """Row of each interaction's user. Users that the table does not have follow its own, all but their id missing."""
     row_of = {user_id: row for row, user_id in enumerate(users.ids)}
     unlisted = [user_id for user_id in interactions.user_ids if user_id not in row_of]
     row_of |= {user_id: len(users.ids) + i for i, user_id in enumerate(unlisted)}
-    rows = np.array([row_of[user_id] for user_id in interactions.user_ids], dtype=np.int64)[interactions.user_codes]
+    rows = np.array([row_of[user_id] for user_id in interactions.user_ids], dtype=np.int32)[interactions.user_codes]
     if not unlisted:
         return users, rows, []
     columns = {
@@ -433,7 +433,7 @@ def _check_columns(path: Path, available: Sequence[str], wanted: Mapping[str, st
         )
 
 
-def _id_codes(table: pa.Table, path: Path, name: str, code_of: dict[str, int]) -> NDArray[np.int64]:
+def _id_codes(table: pa.Table, path: Path, name: str, code_of: dict[str, int]) -> NDArray[np.int32]:
     """Ids as codes `[N]`; ids without one get the next, in the order of their first appearance."""
     column = _plain(table.column(name))
     if not (_is_string(column.type) or pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
@@ -452,7 +452,7 @@ def _id_codes(table: pa.Table, path: Path, name: str, code_of: dict[str, int]) -
         )
     # Without a token stands only a missing id, and no row has one.
     code_of_entry = [-1 if token is None else code_of.setdefault(token, len(code_of)) for token in tokens]
-    return np.array(code_of_entry, dtype=np.int64)[codes]
+    return np.array(code_of_entry, dtype=np.int32)[codes]
 
 
 def _timestamps_s(table: pa.Table, path: Path, name: str) -> NDArray[np.float64]:
