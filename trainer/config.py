@@ -82,6 +82,8 @@ class TrainingConfig(_Table):
 
     batch_size: int = Field(default=1024, ge=2)
     """B"""
+    chunk_size: int | None = Field(default=None, ge=1)
+    """Rows of a batch that are in memory at a time, where the whole would not fit; None: all of them."""
     epochs: int = Field(default=20, ge=1)
     """At most this many passes over the training interactions."""
     learning_rate: float = Field(default=0.001, gt=0)

@@ -45,7 +45,8 @@ from trainer.model import TwoTowers
 from trainer.published import open_published
 from trainer.questions import ask
 from trainer.slices import Slice, all_slices
-from trainer.train import HeldOut, TrainingExamples, embed_items, embed_queries, train_towers, validate
+from trainer.step import TrainingExamples
+from trainer.train import HeldOut, embed_items, embed_queries, train_towers, validate
 
 RUNS = Path("var/runs")
 

@@ -22,31 +22,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from towers.errors import InvalidInputError
-from trainer import losses, negatives, state
-from trainer.config import TrainerConfig, TrainingConfig
-from trainer.encode import EncodedQueries, EncodedWindows, Tensors
+from trainer import losses, state
+from trainer.config import TrainerConfig
+from trainer.encode import EncodedQueries, Tensors
 from trainer.evaluate import ScoreRows, embedding_scores, evaluate
 from trainer.likes import Likes
 from trainer.model import TowerNetwork, TwoTowers
 from trainer.questions import Questions
+from trainer.step import StepFigures, TrainingExamples, backward, take
 
 _ROWS_AT_ONCE = 1024
 _STEPS_PER_ESTIMATE = 16
 """Of so many steps one looks for false negatives that are left."""
-
-
-@dataclass(frozen=True)
-class TrainingExamples:
-    """N training interactions."""
-
-    queries: EncodedQueries | EncodedWindows
-    """Its rows are what an epoch permutes: an interaction each, or several."""
-    positives: Tensor
-    """`[N]` row of each interaction's item."""
-    log_q: Tensor
-    """`[I]` log probability that a batch place holds an item."""
-    weights: Tensor | None
-    """`[N]` what the loss of each interaction is multiplied by, 1 on average; None where all count alike."""
 
 
 @dataclass(frozen=True)
@@ -128,35 +115,22 @@ def train_towers(
             model.train()
             for step in range(first_step, num_steps):
                 rows = order[step * rows_per_step : (step + 1) * rows_per_step]
-                batch = queries.interactions(rows)
-                users, positives = queries.users[batch], examples.positives[batch]
-                candidates, columns = candidates_of(positives, examples.log_q, options, progress.epoch, step)
-                is_liked = (
-                    likes.among(users, candidates.ids)
-                    if options.mask_known_positives
-                    else losses.accidental_hits(positives, candidates.ids)
-                )
-                loss = loss_of(
-                    model.query(queries.batch(rows), queries.places(rows)),
-                    model.item(take(items, candidates.ids)),
-                    candidates.log_q if options.logq else torch.zeros_like(candidates.log_q),
-                    columns,
-                    is_liked,
-                    temperature(),
-                    options,
-                    None if examples.weights is None else examples.weights[batch],
-                )
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                figures = backward(
+                    model,
+                    temperature,
+                    items,
+                    examples,
+                    rows,
+                    likes,
+                    held_out_likes if step % _STEPS_PER_ESTIMATE == 0 else None,
+                    options,
+                    progress.epoch,
+                    step,
+                )
                 optimiser.step()
                 temperature.keep_in_range()
-                num_negatives = max(1, is_liked.numel() - len(batch))
-                masked = (is_liked.sum().item() - len(batch)) / num_negatives
-                left = 0.0
-                if step % _STEPS_PER_ESTIMATE == 0:
-                    is_held_out = held_out_likes.among(users, candidates.ids)
-                    left = (is_held_out & ~is_liked).sum().item() / num_negatives
-                progress = _after_step(progress, loss.item(), masked, left)
+                progress = _after_step(progress, figures)
                 rate = (step + 1 - first_step) * options.batch_size / (time.monotonic() - start_s)
                 bar.update(task, advance=1, loss=progress.loss_sum / progress.step, rate=rate)
                 if is_interrupted():
@@ -182,63 +156,6 @@ def train_towers(
     return snapshot()
 
 
-def candidates_of(
-    positives: Tensor, log_q: Tensor, options: TrainingConfig, epoch: int, step: int
-) -> tuple[negatives.Candidates, Tensor]:
-    """What the queries of a batch are scored against, and the columns `[B]` of their positives.
-
-    Args:
-        positives: `[B]` the item of each query.
-        log_q: `[I]` log of the probability that a batch place holds an item.
-        options: Say which sources there are.
-        epoch: Whole epochs done.
-        step: Steps done of this one.
-    """
-    if options.negatives == "all":
-        return negatives.all_items(len(log_q)), positives
-    sources = [negatives.of_batch(positives, log_q)]
-    if options.uniform_negatives:
-        sources.append(negatives.uniform(len(log_q), options.uniform_negatives, options.seed, epoch, step))
-    return negatives.joined(sources), torch.arange(len(positives))
-
-
-def loss_of(
-    queries: Tensor,
-    items: Tensor,
-    log_q: Tensor,
-    columns: Tensor,
-    is_liked: Tensor,
-    temperature: Tensor,
-    options: TrainingConfig,
-    weights: Tensor | None,
-) -> Tensor:
-    """The configured loss of a batch.
-
-    Args:
-        queries: `[B, D]` embeddings.
-        items: `[C, D]` embeddings of the candidates.
-        log_q: `[C]`
-        columns: `[B]` where each query's positive stands among the candidates.
-        is_liked: `[B, C]` see `losses.softmax_loss`.
-        temperature: A scalar.
-        options: Say whether both directions count, and the margin.
-        weights: `[B]` what the loss of each interaction is multiplied by; None where all count alike.
-
-    Returns:
-        Scalar, the mean over the batch.
-    """
-    margin = options.score_margin
-    to_items = losses.softmax_loss(queries, items, log_q, columns, is_liked, temperature, margin, weights)
-    if not options.symmetric:
-        return to_items
-    # Queries have no q: how often one comes is known of its user, not of its history.
-    no_q, rows = torch.zeros(len(queries)), torch.arange(len(queries))
-    to_queries = losses.softmax_loss(
-        items[columns], queries, no_q, rows, is_liked[:, columns].T, temperature, margin, weights
-    )
-    return (to_items + to_queries) / 2
-
-
 def validate(model: TwoTowers, items: Tensors, held_out: HeldOut, config: TrainerConfig) -> dict[str, float]:
     """Exact Recall, NDCG and MRR at each k, over all items."""
     questions = held_out.questions
@@ -260,29 +177,24 @@ def embed_items(tower: TowerNetwork, items: Tensors) -> Tensor:
     return _embed(tower, lambda rows: take(items, rows), len(next(iter(items.values()))))
 
 
-def take(features: Tensors, rows: Tensor) -> Tensors:
-    """Features of some rows."""
-    return {name: values[rows] for name, values in features.items()}
-
-
 def _embed(tower: TowerNetwork, batch: Callable[[Tensor], Tensors], num_rows: int) -> Tensor:
     tower.eval()
     with torch.inference_mode():
         return torch.cat([tower(batch(rows)) for rows in torch.split(torch.arange(num_rows), _ROWS_AT_ONCE)])
 
 
-def _after_step(progress: state.Progress, loss: float, masked: float, left: float) -> state.Progress:
-    if not math.isfinite(loss):
+def _after_step(progress: state.Progress, figures: StepFigures) -> state.Progress:
+    if not math.isfinite(figures.loss):
         raise InvalidInputError(
-            f"the loss is {loss} in epoch {progress.epoch + 1}, step {progress.step + 1}; lower "
+            f"the loss is {figures.loss} in epoch {progress.epoch + 1}, step {progress.step + 1}; lower "
             "[training] learning_rate or raise temperature"
         )
     return replace(
         progress,
         step=progress.step + 1,
-        loss_sum=progress.loss_sum + loss,
-        masked_sum=progress.masked_sum + masked,
-        left_sum=progress.left_sum + left,
+        loss_sum=progress.loss_sum + figures.loss,
+        masked_sum=progress.masked_sum + figures.masked,
+        left_sum=progress.left_sum + figures.left,
     )
 
 

@@ -20,7 +20,8 @@ from trainer.config import TrainerConfig
 from trainer.encode import EncodedQueries, EncodedWindows, Tensors
 from trainer.model import TwoTowers
 from trainer.run import prepare
-from trainer.train import TrainingExamples, train_towers
+from trainer.step import TrainingExamples
+from trainer.train import train_towers
 
 Configure = Callable[..., TrainerConfig]
 ORIGIN = {"config": {}, "file": {}}
@@ -96,6 +97,16 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     # The files hold the last parameters, the returned states the best.
     assert_equal(state.load_state(tmp_path / "interrupted"), state.load_state(tmp_path / "undisturbed"))
     assert config.model.dropout > 0
+
+
+def test_in_chunks_a_resumed_run_equals_an_undisturbed_one(world: Path, configure: Configure, tmp_path: Path) -> None:
+    config = configure(training__epochs=2, training__chunk_size=20)
+    undisturbed = run(config, world, tmp_path / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, world, tmp_path / "interrupted", interrupt_at=30)
+    saved = state.load_state(tmp_path / "interrupted")
+    assert 0 < saved.progress.step < 15
+    assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
 
 
 def test_a_finished_run_is_not_trained_again(world: Path, configure: Configure, tmp_path: Path) -> None:

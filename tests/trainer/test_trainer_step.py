@@ -1,0 +1,87 @@
+"""A step in parts is the step in one piece."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer import losses
+from trainer.caching import Embedded
+from trainer.config import TrainerConfig
+from trainer.likes import Likes
+from trainer.model import TwoTowers
+from trainer.run import prepare
+from trainer.step import StepFigures, backward
+
+Configure = Callable[..., TrainerConfig]
+NUM_ROWS = 61
+
+
+def step(config: TrainerConfig, folder: Path) -> tuple[StepFigures, dict[str, Tensor]]:
+    """Figures and gradients of one step on the toy world's first rows."""
+    prepared = prepare(config, folder)
+    torch.manual_seed(0)
+    model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model).train()
+    temperature = losses.Temperature(0.1, is_learned=True)
+    examples, num_items = prepared.examples, len(prepared.item_counts)
+    users = examples.queries.users
+    likes = Likes.of(users, examples.positives, int(users.max()) + 1, num_items)
+    rows = torch.arange(min(NUM_ROWS, len(examples.queries)))
+    figures = backward(
+        model, temperature, prepared.items, examples, rows, likes, likes, config.training, epoch=0, step=0
+    )
+    trained = nn.ModuleDict({"towers": model, "temperature": temperature})
+    return figures, {name: value.grad for name, value in trained.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training__symmetric": True},
+        {"training__uniform_negatives": 16},
+        {"training__negatives": "all", "training__mask_known_positives": False},
+        {"training__score_margin": 0.05, "training__symmetric": True},
+        {"data__weight_column": "weight"},
+        {"history__pooling": "transformer", "item_id__min_count": 1, "model__transformer_dropout": 0.0},
+    ],
+)
+@pytest.mark.parametrize("chunk_size", [1, 20, 1000])
+def test_chunks_give_the_gradients_of_the_whole(
+    world: Path, configure: Configure, changes: dict[str, Any], chunk_size: int
+) -> None:
+    table = pq.read_table(world / "interactions.parquet")
+    weights = pa.array([1.0 + number % 3 for number in range(len(table))])
+    pq.write_table(table.append_column("weight", weights), world / "interactions.parquet")
+    changes = {"model__dropout": 0.0, **changes}
+    whole, expected = step(configure(**changes), world)
+    in_chunks, gradients = step(configure(**changes, training__chunk_size=chunk_size), world)
+    assert in_chunks.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert (in_chunks.masked, in_chunks.left) == (whole.masked, whole.left)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name: n + text)
+    assert sum(float(gradient.abs().sum()) for gradient in gradients.values()) > 0
+
+
+def test_the_second_pass_drops_what_the_first_one_dropped() -> None:
+    torch.manual_seed(0)
+    tower = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5))
+    inputs, seen = torch.randn(10, 4), []
+
+    def embed(rows: Tensor) -> Tensor:
+        seen.append(tower(inputs[rows]))
+        return seen[-1]
+
+    embedded = Embedded(embed, torch.arange(10), 3)
+    random_state = torch.get_rng_state()
+    (embedded.embeddings**2).sum().backward()  # type: ignore[no-untyped-call]
+    embedded.backward()
+    assert len(seen) == 8
+    assert torch.equal(torch.cat(seen[:4]), torch.cat(seen[4:]))
+    assert torch.equal(torch.get_rng_state(), random_state)

@@ -1,0 +1,153 @@
+"""One step: the loss of a batch, and its gradients, in one piece or in parts that fit.
+
+Deliberately does not know optimisers, epochs, nor where the examples come from.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer import losses, negatives
+from trainer.caching import Embedded
+from trainer.config import TrainingConfig
+from trainer.encode import EncodedQueries, EncodedWindows, Tensors
+from trainer.likes import Likes
+from trainer.model import TwoTowers
+
+
+@dataclass(frozen=True)
+class TrainingExamples:
+    """N training interactions."""
+
+    queries: EncodedQueries | EncodedWindows
+    """Its rows are what an epoch permutes: an interaction each, or several."""
+    positives: Tensor
+    """`[N]` row of each interaction's item."""
+    log_q: Tensor
+    """`[I]` log probability that a batch place holds an item."""
+    weights: Tensor | None
+    """`[N]` what the loss of each interaction is multiplied by, 1 on average; None where all count alike."""
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step was like."""
+
+    loss: float
+    masked: float
+    """Share of the negatives that was masked."""
+    left: float
+    """Share that was not, although the user is known to like the item; 0 where that was not asked."""
+
+
+def backward(
+    model: TwoTowers,
+    temperature: losses.Temperature,
+    items: Tensors,
+    examples: TrainingExamples,
+    rows: Tensor,
+    likes: Likes,
+    left_likes: Likes | None,
+    options: TrainingConfig,
+    epoch: int,
+    step: int,
+) -> StepFigures:
+    """Adds the gradients of a batch to the parameters.
+
+    With `chunk_size` a chunk of rows goes through a tower at a time, and as many rows of scores are there at a time as
+    have half the places of a whole batch of that size, which leaves room for the embeddings of all rows and their
+    gradients. The gradients of the parameters are the same; each tower runs twice.
+
+    Args:
+        model: Both towers.
+        temperature: Of the softmax.
+        items: Features of all items, `[I, …]`.
+        examples: The training interactions.
+        rows: Rows of the examples' queries that make the batch of B interactions.
+        likes: What users are known to like: never a negative.
+        left_likes: What they are known to like besides; counted among the negatives. None: nothing is.
+        options: The loss.
+        epoch: Whole epochs done.
+        step: Steps done of this one.
+    """
+    batch = examples.queries.interactions(rows)
+    users, positives = examples.queries.users[batch], examples.positives[batch]
+    candidates, columns = candidates_of(positives, examples.log_q, options, epoch, step)
+    log_q = candidates.log_q if options.logq else torch.zeros_like(candidates.log_q)
+    weights = None if examples.weights is None else examples.weights[batch]
+    chunk_size, batch_size = options.chunk_size, len(batch)
+
+    def is_liked(places: Tensor, ids: Tensor) -> Tensor:
+        """`[P, C]` which ids `[C]` are no negatives of the interactions at places `[P]` of the batch."""
+        if options.mask_known_positives:
+            return likes.among(users[places], ids)
+        return losses.accidental_hits(positives[places], ids)
+
+    queries = Embedded(
+        lambda some: model.query(examples.queries.batch(some), examples.queries.places(some)), rows, chunk_size
+    )
+    scored = Embedded(lambda some: model.item(take(items, some)), candidates.ids, chunk_size)
+    places = torch.arange(batch_size)
+    part_size = batch_size if chunk_size is None else max(1, chunk_size * chunk_size // (2 * len(candidates.ids)))
+    loss, num_masked, num_left = 0.0, 0, 0
+    for part in torch.split(places, part_size):
+        liked = is_liked(part, candidates.ids)
+        loss_of_part = losses.softmax_loss(
+            queries.embeddings[part],
+            scored.embeddings,
+            log_q,
+            columns[part],
+            liked,
+            temperature(),
+            options.score_margin,
+            None if weights is None else weights[part],
+        )
+        if options.symmetric:
+            # Queries have no q: how often one comes is known of its user, not of its history.
+            to_queries = losses.softmax_loss(
+                scored.embeddings[columns[part]],
+                queries.embeddings,
+                torch.zeros(batch_size),
+                part,
+                is_liked(places, positives[part]).T,
+                temperature(),
+                options.score_margin,
+                None if weights is None else weights[part],
+            )
+            loss_of_part = (loss_of_part + to_queries) / 2
+        loss_of_part = loss_of_part * (len(part) / batch_size)
+        loss_of_part.backward()  # type: ignore[no-untyped-call]
+        loss += loss_of_part.item()
+        num_masked += int(liked.sum()) - len(part)
+        if left_likes is not None:
+            num_left += int((left_likes.among(users[part], candidates.ids) & ~liked).sum())
+    queries.backward()
+    scored.backward()
+    num_negatives = max(1, batch_size * (len(candidates.ids) - 1))
+    return StepFigures(loss, num_masked / num_negatives, num_left / num_negatives)
+
+
+def candidates_of(
+    positives: Tensor, log_q: Tensor, options: TrainingConfig, epoch: int, step: int
+) -> tuple[negatives.Candidates, Tensor]:
+    """What the queries of a batch are scored against, and the columns `[B]` of their positives.
+
+    Args:
+        positives: `[B]` the item of each query.
+        log_q: `[I]` log of the probability that a batch place holds an item.
+        options: Say which sources there are.
+        epoch: Whole epochs done.
+        step: Steps done of this one.
+    """
+    if options.negatives == "all":
+        return negatives.all_items(len(log_q)), positives
+    sources = [negatives.of_batch(positives, log_q)]
+    if options.uniform_negatives:
+        sources.append(negatives.uniform(len(log_q), options.uniform_negatives, options.seed, epoch, step))
+    return negatives.joined(sources), torch.arange(len(positives))
+
+
+def take(features: Tensors, rows: Tensor) -> Tensors:
+    """Features of some rows."""
+    return {name: values[rows] for name, values in features.items()}
