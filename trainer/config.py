@@ -44,6 +44,9 @@ class DataConfig(_Table):
     item_id_column: str = Field(default="item_id", min_length=1)
     timestamp_column: str = Field(default="timestamp", min_length=1)
     """Unix seconds, or a date and time."""
+    split_column: str | None = Field(default=None, min_length=1)
+    """Of the interactions: what each is for, where that is given (`trainer.data.PARTS`). Without it the two newest of
+    each user are held out."""
     weight_column: str | None = Field(default=None, min_length=1)
     """Of the interactions: how much the loss of each counts beside the others'. Without it all count alike."""
     csv_separator: str = Field(default=",", min_length=1, max_length=1)

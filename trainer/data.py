@@ -31,6 +31,8 @@ _ROWS_AT_ONCE = 1 << 20
 _PATTERN = frozenset("*?[")
 _FEWEST_INTERACTIONS = 3
 """One each for training, validation and test."""
+PARTS = ("train", "history", "validation", "test")
+"""What a split column says of an interaction: to train on, only to be known, or to be predicted. In this order."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Entities:
 
 @dataclass(frozen=True)
 class InteractionLog:
-    """All interactions, ordered by user, then time, then position in the file; N of them.
+    """All interactions, ordered by user, then given part, then time, then position in the file; N of them.
 
     The history of the interaction at position p is `items[starts[p]:p]`.
     """
@@ -61,13 +63,16 @@ class InteractionLog:
     """`[N]` position of the same user's first interaction."""
     weights: NDArray[np.float64] | None = None
     """`[N]` how much each counts in training beside the others; None where all count alike."""
+    parts: NDArray[np.int8] | None = None
+    """`[N]` places in `PARTS`, where the split is given."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Positions in the log. A position's history is all that the same user did before it.
+    """Positions in the log. A position's history is all of the same user's that stands before it.
 
-    So a validation history is all of the user's training items, and a test history those and the validation item.
+    So a validation history is all of the user's training items, and a test history those and the validation items.
+    Validation is empty where a given split has none.
     """
 
     train: NDArray[np.int64]
@@ -82,6 +87,7 @@ class TrainingData:
     users: Entities
     items: Entities
     log: InteractionLog
+    split: Split
     notes: tuple[str, ...]
     """What was left out and why, one line each."""
 
@@ -113,9 +119,11 @@ def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> Traini
     users, user_rows, unlisted_notes = _user_rows(interactions, users)
     kept = rows >= 0
     weights = None if interactions.weights is None else interactions.weights[kept]
-    log = order_by_time(user_rows[kept], rows[kept], interactions.timestamps_s[kept], weights)
-    _check_enough(log, interactions)
-    return TrainingData(users, items, log, (*item_notes, *user_notes, *log_notes, *unlisted_notes))
+    parts = None if interactions.parts is None else interactions.parts[kept]
+    log = order_by_time(user_rows[kept], rows[kept], interactions.timestamps_s[kept], weights, parts)
+    split = split_by_time(log) if log.parts is None else split_as_given(log.parts)
+    _check_enough(log, split, interactions, config.split_column)
+    return TrainingData(users, items, log, split, (*item_notes, *user_notes, *log_notes, *unlisted_notes))
 
 
 def data_files(config: DataConfig, folder: Path) -> dict[str, Path]:
@@ -170,9 +178,13 @@ def order_by_time(
     items: NDArray[np.integer[Any]],
     timestamps_s: NDArray[np.float64],
     weights: NDArray[np.float64] | None = None,
+    parts: NDArray[np.int8] | None = None,
 ) -> InteractionLog:
-    """Orders interactions `[N]` by user, then time; interactions of one moment stay in the order they came in."""
-    order = np.lexsort((timestamps_s, users))
+    """Orders interactions `[N]` by user, then part, then time; those of one moment stay in the order they came in.
+
+    By part first, so that a history to train on holds nothing that is to be predicted, however the split was made.
+    """
+    order = np.lexsort((timestamps_s, users) if parts is None else (timestamps_s, parts, users))
     ordered = users[order].astype(np.int64)
     first = np.flatnonzero(np.diff(ordered, prepend=-1))
     return InteractionLog(
@@ -181,6 +193,7 @@ def order_by_time(
         timestamps_s[order],
         np.repeat(first, np.diff(first, append=len(ordered))),
         None if weights is None else weights[order],
+        None if parts is None else parts[order],
     )
 
 
@@ -194,6 +207,12 @@ def split_by_time(log: InteractionLog) -> Split:
     is_train = np.ones(len(log.users), dtype=bool)
     is_train[last] = is_train[last - 1] = False
     return Split(train=np.flatnonzero(is_train), validation=last - 1, test=last)
+
+
+def split_as_given(parts: NDArray[np.int8]) -> Split:
+    """The split that the interactions `[N]` of an ordered log name themselves."""
+    train, _, validation, test = (np.flatnonzero(parts == part) for part in range(len(PARTS)))
+    return Split(train, validation, test)
 
 
 def data_window(log: InteractionLog, positions: NDArray[np.int64]) -> tuple[datetime, datetime]:
@@ -213,6 +232,8 @@ class _Interactions:
     item_ids: Sequence[str]
     timestamps_s: NDArray[np.float64]
     weights: NDArray[np.float64] | None
+    parts: NDArray[np.int8] | None
+    """Places in `PARTS`."""
 
 
 def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
@@ -224,8 +245,11 @@ def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
     as_strings = [config.user_id_column, config.item_id_column]
     if config.weight_column is not None:
         columns.setdefault(config.weight_column, "[data] weight_column")
+    if config.split_column is not None:
+        columns.setdefault(config.split_column, "[data] split_column")
+        as_strings.append(config.split_column)
     # Columns a part at a time: what is kept of a row are two codes and its numbers, never its strings.
-    user_codes, item_codes, timestamps_s, weights = [], [], [], []
+    user_codes, item_codes, timestamps_s, weights, parts = [], [], [], [], []
     user_code_of: dict[str, int] = {}
     item_code_of: dict[str, int] = {}
     for file in _files(path, "interactions"):
@@ -235,6 +259,8 @@ def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
             timestamps_s.append(_timestamps_s(part, file, config.timestamp_column))
             if config.weight_column is not None:
                 weights.append(_weights(part, file, config.weight_column))
+            if config.split_column is not None:
+                parts.append(_parts(part, file, config.split_column))
     if not user_codes:
         raise InvalidInputError(_no_rows(path, "interactions"))
     user_ids, item_ids = list(user_code_of), list(item_code_of)
@@ -253,6 +279,7 @@ def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
         item_ids,
         np.concatenate(timestamps_s),
         np.concatenate(weights) if weights else None,
+        np.concatenate(parts) if parts else None,
     )
 
 
@@ -340,18 +367,25 @@ def _user_rows(interactions: _Interactions, users: Entities) -> tuple[Entities, 
     return Entities([*users.ids, *unlisted], columns, users.name), rows, [note]
 
 
-def _check_enough(log: InteractionLog, interactions: _Interactions) -> None:
+def _check_enough(log: InteractionLog, split: Split, interactions: _Interactions, split_column: str | None) -> None:
     if len(np.unique(log.items)) < 2:
         raise InvalidInputError(
             f"{interactions.path}: column {interactions.item_column!r}: only one item of the item table is left; "
             "training needs at least two"
         )
-    if len(split_by_time(log).test) == 0:
+    if split_column is not None:
+        for name, positions in (("train", split.train), ("test", split.test)):
+            if len(positions) == 0:
+                raise InvalidInputError(
+                    f"{interactions.path}: column {split_column!r} ([data] split_column): no row says {name!r}; give "
+                    "some to train on and some to test"
+                )
+    elif len(split.test) == 0:
         raise InvalidInputError(
             f"{interactions.path}: column {interactions.user_column!r}: no user has {_FEWEST_INTERACTIONS} or more "
             "interactions (one each to train on, to validate and to test); give a longer period"
         )
-    if log.weights is not None and not log.weights[split_by_time(log).train].any():
+    if log.weights is not None and not log.weights[split.train].any():
         raise InvalidInputError(
             f"{interactions.path}: [data] weight_column: all interactions to train on weigh 0; give some more"
         )
@@ -488,6 +522,20 @@ def _weights(table: pa.Table, path: Path, name: str) -> NDArray[np.float64]:
             f"weight or one such as {weights[is_wrong][0]}; give finite numbers from 0 up"
         )
     return weights
+
+
+def _parts(table: pa.Table, path: Path, name: str) -> NDArray[np.int8]:
+    """Places in `PARTS`."""
+    column = _plain(table.column(name)).cast(pa.string())
+    places = pc.index_in(column, pa.array(PARTS))
+    wrong = column.filter(pc.is_null(places))
+    if len(wrong):
+        raise InvalidInputError(
+            f"{path}: column {name!r} ([data] split_column): {len(wrong):,} of {len(column):,} rows hold another value "
+            f"such as {wrong[0].as_py()!r}; each must say one of {list(PARTS)}"
+        )
+    parts: NDArray[np.int8] = places.to_numpy().astype(np.int8)
+    return parts
 
 
 def _check_id_feature(feature: Feature, path: Path) -> None:

@@ -50,7 +50,7 @@ def evaluate_version(checkpoints: CheckpointStore, version: int, folder: Path) -
     config = published.config()
     options = config.evaluation
     tables = data.read_data(config.data, published.fitted.schema, folder)
-    split = data.split_by_time(tables.log)
+    split = tables.split
     questions = ask(tables.log, split.test, options.exclude_seen)
     num_items = len(tables.items.ids)
     item_counts = np.bincount(tables.log.items[split.train], minlength=num_items)

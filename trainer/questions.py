@@ -64,7 +64,8 @@ def ask(log: InteractionLog, held_out: NDArray[np.int64], exclude_seen: bool) ->
     positions = held_out[is_first]
     # Sorted by query, then item; each pair once.
     pairs = np.unique(np.stack([np.cumsum(is_first) - 1, log.items[held_out]], axis=1), axis=0)
-    stops = np.cumsum(np.bincount(pairs[:, 0], minlength=len(positions)))
-    targets = ItemLists(pairs[:, 1], np.concatenate(([0], stops[:-1])), stops)
+    counts = np.bincount(pairs[:, 0], minlength=len(positions))
+    stops = np.cumsum(counts)
+    targets = ItemLists(pairs[:, 1], stops - counts, stops)
     histories = ItemLists(log.items, log.starts[positions], positions if exclude_seen else log.starts[positions])
     return Questions(positions, targets, histories)

@@ -197,7 +197,7 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
         InvalidInputError: a mistake in the data; names file, column and fix.
     """
     tables = data.read_data(config.data, config.feature_schema(), folder)
-    split = data.split_by_time(tables.log)
+    split = tables.split
     fitted = fit_schema(config.feature_schema(), tables, split)
     encoder = DataEncoder(fitted, tables)
     positives = torch.from_numpy(tables.log.items[split.train])

@@ -55,7 +55,7 @@ def train_towers(
     console: Console,
     resumed: state.RunState | None = None,
 ) -> state.RunState:
-    """Trains until the last epoch or until validation stops getting better.
+    """Trains until the last epoch or until validation stops getting better; without validation to the last.
 
     The state is saved at the start, after each epoch, and on Ctrl-C after the current step; a run that is resumed
     from it takes exactly the steps that it would have taken undisturbed.
@@ -64,7 +64,7 @@ def train_towers(
         model: Both towers; ends with the parameters of the best epoch.
         items: Features of all items, `[I, …]`.
         examples: The training interactions.
-        validation: Chooses the best epoch.
+        validation: Chooses the best epoch; where it is empty, that is the last.
         config: The configuration.
         origin: Goes into the state.
         state_file: Where the state is saved.
@@ -137,7 +137,7 @@ def train_towers(
                     state.save_state(state_file, snapshot())
                     raise KeyboardInterrupt
 
-            metric = validate(model, items, validation, config)[config.evaluation.metric]
+            metric = validate(model, items, validation, config).get(config.evaluation.metric)
             mean_loss, mean_masked = progress.loss_sum / num_steps, progress.masked_sum / num_steps
             mean_left = progress.left_sum / math.ceil(num_steps / _STEPS_PER_ESTIMATE)
             progress = _after_epoch(progress, metric, options.epochs, options.patience)
@@ -148,7 +148,7 @@ def train_towers(
             bar.update(task, best=progress.best_metric)
             console.print(
                 f"epoch {progress.epoch:>3}  loss {mean_loss:.4f}  "
-                f"validation {config.evaluation.metric} {metric:.4f}{' *' if is_best else '  '}  "
+                f"{_judged(config.evaluation.metric, metric, is_best)}"
                 f"masked {mean_masked:.2%}  left {mean_left:.3%}  {rate:>9,.0f} examples/s",
                 highlight=False,
             )
@@ -157,8 +157,10 @@ def train_towers(
 
 
 def validate(model: TwoTowers, items: Tensors, held_out: HeldOut, config: TrainerConfig) -> dict[str, float]:
-    """Exact Recall, NDCG and MRR at each k, over all items."""
+    """Exact Recall, NDCG and MRR at each k, over all items; none where nothing is held out."""
     questions = held_out.questions
+    if not len(questions.targets):
+        return {}
     return evaluate(scores(model, items, held_out), questions.targets, questions.excluded, config.evaluation.ks)
 
 
@@ -198,9 +200,13 @@ def _after_step(progress: state.Progress, figures: StepFigures) -> state.Progres
     )
 
 
-def _after_epoch(progress: state.Progress, metric: float, epochs: int, patience: int) -> state.Progress:
+def _judged(name: str, metric: float | None, is_best: bool) -> str:
+    return "" if metric is None else f"validation {name} {metric:.4f}{' *' if is_best else '  '}  "
+
+
+def _after_epoch(progress: state.Progress, metric: float | None, epochs: int, patience: int) -> state.Progress:
     epoch = progress.epoch + 1
-    is_best = progress.best_epoch == 0 or metric > progress.best_metric
+    is_best = progress.best_epoch == 0 or metric is None or metric > progress.best_metric
     best_epoch = epoch if is_best else progress.best_epoch
     return replace(
         progress,
@@ -210,7 +216,7 @@ def _after_epoch(progress: state.Progress, metric: float, epochs: int, patience:
         masked_sum=0.0,
         left_sum=0.0,
         best_epoch=best_epoch,
-        best_metric=metric if is_best else progress.best_metric,
+        best_metric=metric if is_best and metric is not None else progress.best_metric,
         is_finished=epoch >= epochs or epoch - best_epoch >= patience,
     )
 

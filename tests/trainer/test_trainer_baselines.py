@@ -60,7 +60,7 @@ def test_item_knn_equals_a_naive_loop(largest_basket: int, monkeypatch: pytest.M
 @pytest.mark.skipif(importlib.util.find_spec("implicit") is None, reason="needs twotower[baselines]")
 def test_als_finds_the_two_kinds_of_the_toy_world(world: Path, configure: Callable[..., TrainerConfig]) -> None:
     data = read_data(configure().data, configure().feature_schema(), world)
-    split = split_by_time(data.log)
+    split = data.split
     questions = ask(data.log, split.test, exclude_seen=True)
     found = baselines.baselines(data.log, split.train, questions.positions, 40)
     figures = {
@@ -73,7 +73,7 @@ def test_als_finds_the_two_kinds_of_the_toy_world(world: Path, configure: Callab
 
 def test_item_knn_finds_the_two_kinds_of_the_toy_world(world: Path, configure: Callable[..., TrainerConfig]) -> None:
     data = read_data(configure().data, configure().feature_schema(), world)
-    split = split_by_time(data.log)
+    split = data.split
     questions = ask(data.log, split.test, exclude_seen=True)
     scores = baselines.item_knn_scores(data.log, split.train, questions.positions, 40)
     figures = evaluate(scores, questions.targets, questions.excluded, [12])

@@ -7,7 +7,7 @@ import torch
 from towers.schema import parse_schema
 from trainer.bootstrap import intervals
 from trainer.comparison import compare, exposure
-from trainer.data import Entities, InteractionLog, TrainingData, order_by_time
+from trainer.data import Entities, InteractionLog, TrainingData, order_by_time, split_by_time
 from trainer.evaluate import rank
 from trainer.questions import Questions, ask, item_lists
 from trainer.slices import Slice, all_slices, popularity_deciles
@@ -68,6 +68,7 @@ def test_slices_hold_the_targets_they_name(log: InteractionLog) -> None:
             "items",
         ),
         log=log,
+        split=split_by_time(log),
         notes=(),
     )
     questions = ask(log, np.array([2, 3, 4, 7, 8, 9]), exclude_seen=True)

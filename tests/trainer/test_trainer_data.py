@@ -54,7 +54,7 @@ def test_each_users_last_is_test_and_the_one_before_validation(read: Read) -> No
     read_world = read(
         interactions=table, users=pa.table({"user_id": [1, 2]}), items=pa.table({"item_id": [10, 11, 12, 13]})
     )
-    log, split = read_world.log, data.split_by_time(read_world.log)
+    log, split = read_world.log, read_world.split
 
     def ids(positions: Any) -> list[tuple[str, str]]:
         return [(read_world.users.ids[log.users[p]], read_world.items.ids[log.items[p]]) for p in positions]
@@ -98,6 +98,46 @@ def test_split_equals_a_naive_loop() -> None:
     assert log.items[split.train].tolist() == train
     assert log.items[split.validation].tolist() == validation
     assert log.items[split.test].tolist() == test
+
+
+def test_a_given_split_comes_in_the_order_of_its_parts(read: Read) -> None:
+    rows = [
+        (1, 10, 9, "train"),
+        (1, 11, 1, "test"),
+        (1, 12, 2, "validation"),
+        (1, 13, 5, "train"),
+        (1, 10, 3, "history"),
+        (2, 12, 1, "test"),
+        (2, 11, 2, "train"),
+        (3, 13, 1, "history"),
+    ]
+    table = interactions([row[:3] for row in rows]).append_column("split", [[row[3] for row in rows]])
+    read_world = read(interactions=table, items=pa.table({"item_id": [10, 11, 12, 13]}), split_column="split")
+    log, split = read_world.log, read_world.split
+
+    def ids(positions: Any) -> list[str]:
+        return [read_world.items.ids[log.items[position]] for position in positions]
+
+    assert ids(split.train) == ["13", "10", "11"]
+    assert ids(split.validation) == ["12"]
+    assert ids(split.test) == ["11", "12"]
+    histories = [ids(range(log.starts[position], position)) for position in (*split.validation, *split.test)]
+    assert histories == [["13", "10", "10"], ["13", "10", "10", "12"], ["11"]]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train", "test", "Train"], r"1 of 3 rows hold another value such as 'Train'; each must say one of \['train'"),
+        (["train", "test", None], r"1 of 3 rows hold another value such as None"),
+        (["history", "train", "validation"], r"\[data\] split_column\): no row says 'test'"),
+        (["test", "validation", "test"], r"\[data\] split_column\): no row says 'train'"),
+    ],
+)
+def test_a_given_split_that_is_none_is_refused(read: Read, names: list[str], message: str) -> None:
+    table = interactions([(1, 10, 1), (1, 11, 2), (2, 10, 3)]).append_column("split", [names])
+    with pytest.raises(InvalidInputError, match=message):
+        read(interactions=table, items=pa.table({"item_id": [10, 11]}), split_column="split")
 
 
 # What is read.

@@ -29,9 +29,10 @@ def small_world() -> tuple[TrainingData, Split]:
         users=Entities(["u", "v"], {"user_id": ["u", "v"]}, "users.parquet"),
         items=Entities(columns["item_id"], columns, "items.parquet"),  # type: ignore[arg-type]
         log=log,
+        split=data.split_by_time(log),
         notes=(),
     )
-    return world, data.split_by_time(log)
+    return world, world.split
 
 
 def fitted(features: list[dict[str, object]]) -> FittedSchema:
@@ -93,7 +94,7 @@ def test_quantile_buckets_hold_equal_shares() -> None:
 def test_the_same_data_gives_the_same_schema(world: Path) -> None:
     config = read_config(world / "toy.toml")
     tables = data.read_data(config.data, config.feature_schema(), world)
-    split = data.split_by_time(tables.log)
+    split = tables.split
     first, second = (fit_schema(config.feature_schema(), tables, split) for _ in range(2))
     assert first == second
     assert first.schema.fingerprint == second.schema.fingerprint
@@ -103,7 +104,7 @@ def test_training_tensors_are_what_the_encoder_gives_for_raw_features(world: Pat
     """Including histories, which are stretches of the log: user by user, position by position, alone and together."""
     config = read_config(world / "toy.toml")
     tables = data.read_data(config.data, config.feature_schema(), world)
-    split = data.split_by_time(tables.log)
+    split = tables.split
     learned = fit_schema(config.feature_schema(), tables, split)
     # Some items are rare and so unknown; a history must skip them and reach further back.
     assert 0 < len(learned.vocabularies["item_id"]) < len(tables.items.ids)

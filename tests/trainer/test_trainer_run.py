@@ -22,6 +22,7 @@ from towers.schema import parse_schema
 from towers.store import Store
 from towers.tower import Tower
 from trainer import run
+from trainer.comparison import TOWERS
 from trainer.judge import evaluate_version
 from trainer.run import Interrupted, TrainingReport, train
 
@@ -416,3 +417,17 @@ def test_the_code_revision_is_a_commit_only_in_the_projects_own_repository(
     copied.write_bytes(Path(run.__file__).read_bytes())
     monkeypatch.setattr(run, "__file__", str(copied))
     assert run.code_revision() == run.importlib.metadata.version("twotower")
+
+
+def test_a_given_split_is_trained_and_published_without_validation(world: Path) -> None:
+    edit_config(world, ("epochs = 4", "epochs = 1"), ("[data]", '[data]\nsplit_column = "split"'))
+    table = pq.read_table(world / "interactions.parquet")
+    # Not each user's newest, so that the split shows.
+    split = ["test" if row % 10 == 3 else "train" for row in range(len(table))]
+    pq.write_table(table.append_column("split", [split]), world / "interactions.parquet")
+    screen = Screen()
+    report = trained(world, screen)
+    assert "validation" not in screen.getvalue()
+    assert not any(name.startswith("validation") for name in report.metrics)
+    judged = evaluate_version(CheckpointStore(Store(str(world / "store"))), report.version, world).comparison
+    assert judged.figures[TOWERS]["recall_at_10"].value == pytest.approx(report.metrics["test.recall_at_10"])

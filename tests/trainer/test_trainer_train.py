@@ -161,6 +161,19 @@ def test_training_stops_when_validation_gets_no_better(world: Path, configure: C
     assert (finished.progress.epoch, finished.progress.best_epoch) == (3, 1)
 
 
+def test_without_validation_the_last_epoch_is_kept(world: Path, configure: Configure, tmp_path: Path) -> None:
+    table = pq.read_table(world / "interactions.parquet")
+    split = ["test" if row % 10 == 9 else "train" for row in range(len(table))]
+    pq.write_table(table.append_column("split", [split]), world / "interactions.parquet")
+    config = configure(training__epochs=3, training__patience=1, data__split_column="split")
+    output = io.StringIO()
+    finished = run(config, world, tmp_path / "state", console=Console(file=output, width=200))
+    assert (finished.progress.epoch, finished.progress.best_epoch) == (3, 3)
+    assert "validation" not in output.getvalue()
+    for name, tensor in finished.parameters.items():
+        assert torch.equal(tensor, finished.best_parameters[name]), name
+
+
 def test_progress_on_a_terminal(world: Path, configure: Configure, tmp_path: Path) -> None:
     output = io.StringIO()
     run(configure(training__epochs=1), world, tmp_path / "state", console=Console(file=output, force_terminal=True))
