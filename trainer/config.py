@@ -107,6 +107,9 @@ class TrainingConfig(_Table):
     """Whether all items of a user's training interactions are no negatives of hers, and not only the row's own."""
     score_margin: float | None = Field(default=None, ge=-2, le=2)
     """Negatives that score higher than the positive by more than this, as a cosine, are left out."""
+    history_share: float | None = Field(default=None, gt=0, lt=1)
+    """For logs whose order means nothing: all interactions of a user are asked for at once, from a random share of
+    them as the history. None: each from what came before it."""
     patience: int = Field(default=3, ge=1)
     """Training ends after this many epochs without a better validation metric."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -115,6 +118,22 @@ class TrainingConfig(_Table):
     def _negatives_once(self) -> "TrainingConfig":
         if self.negatives == "all" and self.uniform_negatives:
             raise ValueError('negatives = "all" has every item already; leave out uniform_negatives')
+        return self
+
+    @model_validator(mode="after")
+    def _one_query_for_all(self) -> "TrainingConfig":
+        """What a query is scored against must be the same for all that it asks for."""
+        if self.history_share is not None:
+            others = {
+                "mask_known_positives = false": not self.mask_known_positives,
+                "symmetric": self.symmetric,
+                "score_margin": self.score_margin is not None,
+            }
+            found = [name for name, is_set in others.items() if is_set]
+            if found:
+                raise ValueError(
+                    f"history_share asks for all of a user's items at once; leave out {' and '.join(found)}"
+                )
         return self
 
 

@@ -35,12 +35,28 @@ class Histories:
 
     def batch(self, rows: Tensor) -> Tensor:
         """Histories at `rows` `[B]`, `[B, L]`, padded at the end with 0; L is the longest one's, at least 1."""
-        lengths = self.lengths[rows].unsqueeze(1)  # [B, 1]
-        within = torch.arange(max(1, int(lengths.max())) if len(rows) else 1)  # [L]
-        is_there = within < lengths  # [B, L]
-        padded = torch.zeros(is_there.shape, dtype=torch.int64)
-        padded[is_there] = self.ids[(self.starts[rows].unsqueeze(1) + within)[is_there]].long()
-        return padded
+        return _padded(self.ids[self._entries(rows)[1]], self.lengths[rows])
+
+    def sample(self, rows: Tensor, share: float) -> Tensor:
+        """The same of histories that keep each entry with this probability; torch's generator draws."""
+        of, places = self._entries(rows)
+        is_kept = torch.rand(len(places)) < share
+        return _padded(self.ids[places[is_kept]], torch.bincount(of[is_kept], minlength=len(rows)))
+
+    def _entries(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all entries of the histories at `rows`: which of the histories it is in, and where in `ids`."""
+        lengths = self.lengths[rows].long()
+        of = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+        return of, torch.arange(len(of)) + (self.starts[rows] - (lengths.cumsum(0) - lengths))[of]
+
+
+def _padded(ids: Tensor, lengths: Tensor) -> Tensor:
+    """Lists that follow one another in `ids`, as rows `[B, L]` padded at the end with 0; L at least 1."""
+    within = torch.arange(max(1, int(lengths.max())) if len(lengths) else 1)  # [L]
+    is_there = within < lengths.unsqueeze(1)  # [B, L]
+    padded = torch.zeros(is_there.shape, dtype=torch.int64)
+    padded[is_there] = ids.long()
+    return padded
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,10 @@ class EncodedQueries:
     def interactions(self, rows: Tensor) -> Tensor:
         """Which queries the rows `[B]` hold, `[B]`."""
         return rows
+
+    def askers(self, rows: Tensor) -> Tensor | None:  # noqa: ARG002 - users need them
+        """Which embedding asks for which interaction of the rows: None, there is one for each."""
+        return None
 
     def places(self, rows: Tensor) -> Tensor | None:  # noqa: ARG002 - windows need them
         """What a tower needs to tell the queries of a row apart: nothing, each row is one."""
@@ -102,7 +122,11 @@ class EncodedWindows:
 
     def interactions(self, rows: Tensor) -> Tensor:
         """Which queries the windows `rows` hold, `[B]`."""
-        return torch.cat([torch.arange(*self.starts[row : row + 2].tolist()) for row in rows.tolist()])
+        return _stretch_places(self.starts, rows)
+
+    def askers(self, rows: Tensor) -> Tensor | None:  # noqa: ARG002 - users need them
+        """Which embedding asks for which interaction of the rows: None, there is one for each."""
+        return None
 
     def places(self, rows: Tensor) -> Tensor:
         """Window, counted within `rows`, and step of their queries, `[B, 2]`."""
@@ -115,6 +139,62 @@ class EncodedWindows:
         users = self.users[self.starts[rows]]
         features = {name: values[users] for name, values in self.user_features.items()}
         return features | {name: histories.batch(rows) for name, histories in self.histories.items()}
+
+
+@dataclass(frozen=True)
+class EncodedUsers:
+    """W users, each with all of her N interactions: one query asks for all of them, from a random share of them.
+
+    So a log without an order trains (Wu et al. 2016, "Collaborative denoising auto-encoders for top-N recommender
+    systems"; Liang et al. 2018, "Variational autoencoders for collaborative filtering").
+    """
+
+    users: Tensor
+    """`[N]` row of each interaction's user."""
+    user_features: Tensors
+    """`[U, …]`"""
+    histories: Mapping[str, Histories]
+    """Of the W users, whole."""
+    starts: Tensor
+    """`[W + 1]` where each user's interactions start."""
+    history_share: float
+    """Probability that an entry is kept in its history."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def rows_per_step(self, batch_size: int) -> int:
+        """How many users have about so many interactions."""
+        return max(1, round(batch_size * len(self) / len(self.users)))
+
+    def interactions(self, rows: Tensor) -> Tensor:
+        """Which interactions the users at `rows` `[W]` have, `[B]`."""
+        return _stretch_places(self.starts, rows)
+
+    def askers(self, rows: Tensor) -> Tensor:
+        """Which user, counted within `rows`, asks for which interaction, `[B]`."""
+        return torch.repeat_interleave(torch.arange(len(rows)), self.starts[rows + 1] - self.starts[rows])
+
+    def places(self, rows: Tensor) -> Tensor | None:  # noqa: ARG002 - windows need them
+        """What a tower needs to tell the queries of a row apart: nothing, each row is one."""
+        return None
+
+    def batch(self, rows: Tensor) -> Tensors:
+        """Features of the users at `rows` `[W]`, their histories another sample each time."""
+        users = self.users[self.starts[rows]]
+        features = {name: values[users] for name, values in self.user_features.items()}
+        sampled = {name: histories.sample(rows, self.history_share) for name, histories in self.histories.items()}
+        return features | sampled
+
+
+def _stretch_places(starts: Tensor, rows: Tensor) -> Tensor:
+    """All places of the stretches at `rows`, one stretch after the other."""
+    counts = starts[rows + 1] - starts[rows]
+    before = counts.cumsum(0) - counts
+    return torch.arange(int(counts.sum())) + torch.repeat_interleave(starts[rows] - before, counts)
+
+
+TrainingQueries = EncodedQueries | EncodedWindows | EncodedUsers
 
 
 class DataEncoder:
@@ -148,8 +228,15 @@ class DataEncoder:
         arrays = _encode(self.item, self._item_columns, self._data.items)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def training_queries(self, positions: NDArray[np.int64]) -> EncodedQueries | EncodedWindows:
-        """Queries to train on, at rising positions of the log; as windows where one pass can answer all of a window."""
+    def training_queries(self, positions: NDArray[np.int64], history_share: float | None) -> TrainingQueries:
+        """Queries to train on, at rising positions of the log; as windows where one pass can answer all of a window.
+
+        Args:
+            positions: Of the interactions.
+            history_share: Of a user's interactions, that all of them are asked for from. None: what came before each.
+        """
+        if history_share is not None:
+            return self._users(positions, history_share)
         if [feature.pooling for feature in self._sequences] == ["transformer"]:
             return self._windows(self._sequences[0], positions)
         return self.queries(positions)
@@ -159,7 +246,10 @@ class DataEncoder:
         return EncodedQueries(
             users=torch.from_numpy(self._data.log.users[positions]),
             user_features=self._user_features,
-            histories={feature.name: self._histories(feature, positions) for feature in self._sequences},
+            histories={
+                feature.name: self._histories(feature, self._data.log.starts[positions], positions)
+                for feature in self._sequences
+            },
         )
 
     def raw_items(self, rows: Sequence[int]) -> list[dict[str, RawValue]]:
@@ -179,6 +269,19 @@ class DataEncoder:
                 query[feature.name] = [tokens[item] for item in history.tolist()]
             queries.append(query)
         return queries
+
+    def _users(self, positions: NDArray[np.int64], history_share: float) -> EncodedUsers:
+        """All users with an interaction at a position, and what they did up to their last one."""
+        users = self._data.log.users[positions]
+        starts = np.append(np.flatnonzero(np.diff(users, prepend=-1)), len(users))
+        first, stops = self._data.log.starts[positions[starts[:-1]]], positions[starts[1:] - 1] + 1
+        return EncodedUsers(
+            users=torch.from_numpy(users),
+            user_features=self._user_features,
+            histories={feature.name: self._histories(feature, first, stops) for feature in self._sequences},
+            starts=torch.from_numpy(starts),
+            history_share=history_share,
+        )
 
     def _windows(self, feature: SequenceFeature, positions: NDArray[np.int64]) -> EncodedWindows:
         """Cuts each user's history into windows, counted back from the newest query, which so has a full one."""
@@ -202,13 +305,10 @@ class DataEncoder:
             steps=torch.from_numpy(ages - skipped),
         )
 
-    def _histories(self, feature: SequenceFeature, positions: NDArray[np.int64]) -> Histories:
-        """Histories before positions of the log: the newest `max_length` of the interactions that leave an id."""
+    def _histories(self, feature: SequenceFeature, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Histories:
+        """Stretches of the log: the newest `max_length` of the interactions that leave an id."""
         ids, num_known = self._known(feature)
-        stops = num_known[positions]
-        return _stretches(
-            ids, np.maximum(num_known[self._data.log.starts[positions]], stops - feature.max_length), stops
-        )
+        return _stretches(ids, np.maximum(num_known[starts], num_known[stops] - feature.max_length), num_known[stops])
 
     def _known(self, feature: SequenceFeature) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The ids `[K]` of all interactions that leave one in a sequence; how many come before each position, N + 1."""

@@ -73,6 +73,45 @@ def softmax_loss(
     return cross_entropy(masked(corrected, false_negatives(is_liked, positives)), positives, weights)
 
 
+def shared_softmax_loss(
+    query_embeddings: Tensor,
+    item_embeddings: Tensor,
+    log_counts: Tensor,
+    askers: Tensor,
+    positives: Tensor,
+    is_liked: Tensor,
+    temperature: Tensor | float,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Softmax cross entropy of B positives, of which several share a query and with it all negatives.
+
+    `softmax_loss` of each positive, at the cost of scoring each query once. The negatives' sum estimates that over all
+    items; the positive is there once and for certain, so that no count of it is divided by.
+
+    Args:
+        query_embeddings: `[W, D]` unit embeddings.
+        item_embeddings: `[C, D]` unit embeddings of the candidates.
+        log_counts: `[C]` log of how often all places are expected to hold this place's item; zeros for no correction.
+        askers: `[B]` the query of each positive.
+        positives: `[B]` the column of each positive.
+        is_liked: `[W, C]` columns that are no negatives of the row, all of its positives among them.
+        temperature: Scores are divided by it.
+        weights: `[B]` what the loss of each positive is multiplied by; None for all alike.
+
+    Returns:
+        Scalar, the mean over the positives.
+    """
+    scaled_queries = scaled(query_embeddings, temperature)
+    # One product with the correction in it, masked where it lies: other copies of it would cost as much as the product.
+    scores = torch.addmm(-log_counts, scaled_queries, item_embeddings.T)  # [W, C]
+    # Minus infinity would give no gradient but NaN where all is masked.
+    scores = scores.masked_fill_(is_liked, torch.finfo(scores.dtype).min)
+    negatives = scores.logsumexp(dim=1)  # [W]
+    own = (scaled_queries[askers] * item_embeddings[positives]).sum(dim=1)  # [B]
+    loss = functional.softplus(negatives[askers] - own)  # [B]
+    return (loss if weights is None else loss * weights).mean()
+
+
 def scaled(scores: Tensor, temperature: Tensor | float) -> Tensor:
     """Cosine scores lie in [-1, 1], too narrow for a softmax; dividing by a temperature below 1 widens them.
 

@@ -212,7 +212,7 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
         items=encoder.items(),
         item_counts=item_counts,
         examples=TrainingExamples(
-            encoder.training_queries(split.train),
+            encoder.training_queries(split.train, config.training.history_share),
             positives,
             losses.log_sampling_probabilities(item_counts),
             _weights(tables.log, split.train),

@@ -3,6 +3,7 @@
 Deliberately does not know optimisers, epochs, nor where the examples come from.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from trainer import losses, negatives
 from trainer.caching import Embedded
 from trainer.config import TrainingConfig
-from trainer.encode import EncodedQueries, EncodedWindows, Tensors
+from trainer.encode import Tensors, TrainingQueries
 from trainer.likes import Likes
 from trainer.model import TwoTowers
 
@@ -20,7 +21,7 @@ from trainer.model import TwoTowers
 class TrainingExamples:
     """N training interactions."""
 
-    queries: EncodedQueries | EncodedWindows
+    queries: TrainingQueries
     """Its rows are what an epoch permutes: an interaction each, or several."""
     positives: Tensor
     """`[N]` row of each interaction's item."""
@@ -71,7 +72,7 @@ def backward(
         epoch: Whole epochs done.
         step: Steps done of this one.
     """
-    batch = examples.queries.interactions(rows)
+    batch, askers = examples.queries.interactions(rows), examples.queries.askers(rows)
     users, positives = examples.queries.users[batch], examples.positives[batch]
     candidates, columns = candidates_of(positives, examples.log_q, options, epoch, step)
     log_q = candidates.log_q if options.logq else torch.zeros_like(candidates.log_q)
@@ -88,12 +89,13 @@ def backward(
         lambda some: model.query(examples.queries.batch(some), examples.queries.places(some)), rows, chunk_size
     )
     scored = Embedded(lambda some: model.item(take(items, some)), candidates.ids, chunk_size)
-    places = torch.arange(batch_size)
-    part_size = batch_size if chunk_size is None else max(1, chunk_size * chunk_size // (2 * len(candidates.ids)))
-    loss, num_masked, num_left = 0.0, 0, 0
-    for part in torch.split(places, part_size):
+    num_columns = len(candidates.ids)
+    part_size = batch_size if chunk_size is None else max(1, chunk_size * chunk_size // (2 * num_columns))
+
+    def of_interactions(part: Tensor) -> tuple[Tensor, int, int]:
+        """Loss of the interactions at some places, how many columns are masked and how many left."""
         liked = is_liked(part, candidates.ids)
-        loss_of_part = losses.softmax_loss(
+        loss = losses.softmax_loss(
             queries.embeddings[part],
             scored.embeddings,
             log_q,
@@ -110,21 +112,49 @@ def backward(
                 queries.embeddings,
                 torch.zeros(batch_size),
                 part,
-                is_liked(places, positives[part]).T,
+                is_liked(torch.arange(batch_size), positives[part]).T,
                 temperature(),
                 options.score_margin,
                 None if weights is None else weights[part],
             )
-            loss_of_part = (loss_of_part + to_queries) / 2
-        loss_of_part = loss_of_part * (len(part) / batch_size)
+            loss = (loss + to_queries) / 2
+        num_left = 0 if left_likes is None else int((left_likes.among(users[part], candidates.ids) & ~liked).sum())
+        return loss * (len(part) / batch_size), int(liked.sum()) - len(part), num_left
+
+    def of_askers(part: Tensor) -> tuple[Tensor, int, int]:
+        """The same of all interactions that the queries at some places ask for."""
+        assert askers is not None
+        asked = ((askers >= part[0]) & (askers <= part[-1])).nonzero().squeeze(1)
+        within, of_users = askers[asked] - part[0], users[torch.searchsorted(askers, part)]
+        liked = likes.among(of_users, candidates.ids)
+        loss = losses.shared_softmax_loss(
+            queries.embeddings[part],
+            scored.embeddings,
+            log_q + math.log(num_columns) if options.logq else log_q,
+            within,
+            columns[asked],
+            liked,
+            temperature(),
+            None if weights is None else weights[asked],
+        )
+        num_masked = int(liked.sum(dim=1)[within].sum()) - len(asked)
+        num_left = 0
+        if left_likes is not None:
+            left = left_likes.among(of_users, candidates.ids) & ~liked
+            num_left = int(left.sum(dim=1)[within].sum())
+        return loss * (len(asked) / batch_size), num_masked, num_left
+
+    of_part = of_interactions if askers is None else of_askers
+    loss, num_masked, num_left = 0.0, 0, 0
+    for part in torch.split(torch.arange(len(queries.embeddings)), part_size):
+        loss_of_part, masked_of_part, left_of_part = of_part(part)
         loss_of_part.backward()  # type: ignore[no-untyped-call]
         loss += loss_of_part.item()
-        num_masked += int(liked.sum()) - len(part)
-        if left_likes is not None:
-            num_left += int((left_likes.among(users[part], candidates.ids) & ~liked).sum())
+        num_masked += masked_of_part
+        num_left += left_of_part
     queries.backward()
     scored.backward()
-    num_negatives = max(1, batch_size * (len(candidates.ids) - 1))
+    num_negatives = max(1, batch_size * (num_columns - 1))
     return StepFigures(loss, num_masked / num_negatives, num_left / num_negatives)
 
 

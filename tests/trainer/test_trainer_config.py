@@ -81,6 +81,11 @@ def test_bundled_configurations_differ_in_dimension_and_architecture() -> None:
             'dim = 8\n[training]\nnegatives = "all"\nuniform_negatives = 5',
             ["[training]", "leave out uniform_negatives"],
         ),
+        (
+            "dim = 8",
+            "dim = 8\n[training]\nhistory_share = 0.5\nsymmetric = true\nmask_known_positives = false",
+            ["[training]", "leave out mask_known_positives = false and symmetric"],
+        ),
         ("dim = 8", "dim = 8\n[training]\nscore_margin = 5.0", ["[training] score_margin", "less than or equal to 2"]),
         ("dim = 8", "dim = 8\n[evaluation]\nks = [10, 5]", ["[evaluation] ks", "rising"]),
         ("dim = 8", "dim = 8\n[evaluation]\nks = []", ["[evaluation] ks", "rising"]),

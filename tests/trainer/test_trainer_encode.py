@@ -10,7 +10,7 @@ import torch
 
 from trainer.config import TrainerConfig
 from trainer.data import InteractionLog
-from trainer.encode import EncodedQueries, EncodedWindows
+from trainer.encode import EncodedQueries, EncodedUsers, EncodedWindows
 from trainer.model import TwoTowers
 from trainer.run import Prepared, prepare
 
@@ -95,3 +95,24 @@ def test_beside_another_history_queries_go_one_by_one(world: Path, configure: Co
     toml["features"].append({"name": "recent", "owner": "query", "kind": "sequence", "items": "item_id"})
     prepared = prepare(TrainerConfig.model_validate_json(json.dumps(toml)), world)
     assert isinstance(prepared.examples.queries, EncodedQueries)
+
+
+def test_a_user_asks_for_all_of_hers_from_a_sample_of_them(world: Path, configure: Configure) -> None:
+    config = configure(training__history_share=0.5, history__max_length=20, item_id__min_count=1)
+    prepared = prepare(config, world)
+    users, log, train = prepared.examples.queries, prepared.log, prepared.split.train
+    assert isinstance(users, EncodedUsers)
+    assert [users.rows_per_step(size) for size in (1, 32, 480)] == [1, 4, 60]
+    rows = torch.tensor([7, 3])
+    asked = train[users.interactions(rows).numpy()]
+    assert log.users[asked].tolist() == [7] * 8 + [3] * 8
+    assert users.askers(rows).tolist() == [0] * 8 + [1] * 8
+    torch.manual_seed(0)
+    histories = [users.batch(rows)["history"] for _ in range(200)]
+    for row, user in enumerate(rows.tolist()):
+        own = train[users.starts[user : user + 2].numpy() - [0, 1]]  # The first and the last.
+        whole = known(log, prepared, own[0], own[1] + 1)
+        samples = [[entry for entry in history[row].tolist() if entry] for history in histories]
+        assert all([entry for entry in whole if entry in sample] == sample for sample in samples)
+        assert {entry for sample in samples for entry in sample} == set(whole)
+        assert 3.6 < np.mean([len(sample) for sample in samples]) < 4.4

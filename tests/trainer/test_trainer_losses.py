@@ -122,6 +122,52 @@ def test_the_whole_loss_equals_a_naive_loop(
     assert loss.item() == pytest.approx(naive, rel=1e-4, abs=1e-5)
 
 
+@given(seed=st.integers(0, 10_000), size=st.integers(1, 9), num_queries=st.integers(1, 4))
+def test_positives_that_share_a_query_lose_what_each_would_lose_alone(seed: int, size: int, num_queries: int) -> None:
+    """Where every item is a candidate once, positives and negatives have the same correction: none."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, items = torch.randn(num_queries, 3, generator=generator), torch.randn(12, 3, generator=generator)
+    askers = torch.randint(num_queries, (size,), generator=generator)
+    positives = torch.randint(12, (size,), generator=generator)
+    is_liked = torch.rand(num_queries, 12, generator=generator) < 0.3
+    is_liked[askers, positives] = True
+    weights = torch.rand(size, generator=generator)
+    alone = losses.softmax_loss(
+        queries[askers], items, torch.zeros(12), positives, is_liked[askers], 0.5, weights=weights
+    )
+    shared = losses.shared_softmax_loss(
+        queries, items, torch.zeros(12), askers, positives, is_liked, 0.5, weights=weights
+    )
+    assert shared.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_negatives_of_a_shared_query_count_as_often_as_they_are_expected() -> None:
+    """A negative that the places hold twice on average counts half in each; the positive is there once."""
+    queries, items = torch.eye(2)[:1], torch.tensor([[0.5, 0.0], [0.2, 0.0], [0.2, 0.0]])
+    loss = losses.shared_softmax_loss(
+        queries,
+        items,
+        torch.tensor([0.7, math.log(2), math.log(2)]),
+        torch.tensor([0]),
+        torch.tensor([0]),
+        torch.tensor([[True, False, False]]),
+        0.1,
+    )
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(2 - 5)))
+
+
+def test_a_shared_query_that_likes_all_candidates_stays_finite() -> None:
+    queries = torch.ones(1, 2, requires_grad=True)
+    one = torch.tensor([0])
+    loss = losses.shared_softmax_loss(
+        queries, torch.ones(1, 2), torch.zeros(1), one, one, torch.tensor([[True]]), torch.tensor(0.05)
+    )
+    loss.backward()
+    assert loss.item() == 0.0
+    assert queries.grad is not None
+    assert torch.equal(queries.grad, torch.zeros(1, 2))
+
+
 @pytest.mark.parametrize("log_q", [0.0, -1.5])
 def test_a_batch_of_one_item_only_has_nothing_to_learn_and_stays_finite(log_q: float) -> None:
     queries = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()

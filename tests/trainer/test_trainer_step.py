@@ -1,5 +1,6 @@
 """A step in parts is the step in one piece."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ Configure = Callable[..., TrainerConfig]
 NUM_ROWS = 61
 
 
-def step(config: TrainerConfig, folder: Path) -> tuple[StepFigures, dict[str, Tensor]]:
+def step(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> tuple[StepFigures, dict[str, Tensor]]:
     """Figures and gradients of one step on the toy world's first rows."""
     prepared = prepare(config, folder)
     torch.manual_seed(0)
@@ -31,7 +32,7 @@ def step(config: TrainerConfig, folder: Path) -> tuple[StepFigures, dict[str, Te
     examples, num_items = prepared.examples, len(prepared.item_counts)
     users = examples.queries.users
     likes = Likes.of(users, examples.positives, int(users.max()) + 1, num_items)
-    rows = torch.arange(min(NUM_ROWS, len(examples.queries)))
+    rows = torch.arange(min(num_rows, len(examples.queries)))
     figures = backward(
         model, temperature, prepared.items, examples, rows, likes, likes, config.training, epoch=0, step=0
     )
@@ -48,6 +49,7 @@ def step(config: TrainerConfig, folder: Path) -> tuple[StepFigures, dict[str, Te
         {"training__negatives": "all", "training__mask_known_positives": False},
         {"training__score_margin": 0.05, "training__symmetric": True},
         {"data__weight_column": "weight"},
+        {"training__history_share": 0.5, "history__max_length": 20, "data__weight_column": "weight"},
         {"history__pooling": "transformer", "item_id__min_count": 1, "model__transformer_dropout": 0.0},
     ],
 )
@@ -67,6 +69,21 @@ def test_chunks_give_the_gradients_of_the_whole(
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name: n + text)
     assert sum(float(gradient.abs().sum()) for gradient in gradients.values()) > 0
+
+
+def test_users_who_ask_for_all_of_theirs_at_once_lose_what_they_would_one_by_one(
+    world: Path, configure: Configure
+) -> None:
+    """From the user's own features alone, so that no sample of a history stands between the two."""
+    toml = configure(training__negatives="all", model__dropout=0.0, training__batch_size=480).model_dump(mode="json")
+    toml["features"] = [feature for feature in toml["features"] if feature["name"] != "history"]
+    one_by_one, expected = step(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
+    toml["training"]["history_share"] = 0.5
+    at_once, gradients = step(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
+    assert at_once.loss == pytest.approx(one_by_one.loss, rel=1e-5)
+    assert (at_once.masked, at_once.left) == (one_by_one.masked, one_by_one.left)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name: n + text)
 
 
 def test_the_second_pass_drops_what_the_first_one_dropped() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from towers.errors import InvalidInputError
 from trainer import state
 from trainer.config import TrainerConfig
-from trainer.encode import EncodedQueries, EncodedWindows, Tensors
+from trainer.encode import EncodedQueries, Tensors, TrainingQueries
 from trainer.model import TwoTowers
 from trainer.run import prepare
 from trainer.step import TrainingExamples
@@ -56,7 +56,7 @@ def run(
         )
 
 
-def _interrupting(queries: EncodedQueries | EncodedWindows, interrupt_at: int) -> EncodedQueries | EncodedWindows:
+def _interrupting(queries: TrainingQueries, interrupt_at: int) -> TrainingQueries:
     """Queries whose nth batch brings a real SIGINT."""
     countdown = iter(range(interrupt_at - 1, -1, -1))
 
@@ -106,6 +106,15 @@ def test_in_chunks_a_resumed_run_equals_an_undisturbed_one(world: Path, configur
         run(config, world, tmp_path / "interrupted", interrupt_at=30)
     saved = state.load_state(tmp_path / "interrupted")
     assert 0 < saved.progress.step < 15
+    assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
+
+
+def test_sampled_histories_resume_too(world: Path, configure: Configure, tmp_path: Path) -> None:
+    config = configure(training__epochs=2, training__history_share=0.5)
+    undisturbed = run(config, world, tmp_path / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, world, tmp_path / "interrupted", interrupt_at=20)
+    saved = state.load_state(tmp_path / "interrupted")
     assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
 
 
