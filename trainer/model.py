@@ -61,17 +61,21 @@ class TowerNetwork(nn.Module):
             }
         )
         layers: list[nn.Module] = [nn.Dropout(config.dropout)]
-        width = sum(
+        columns = [
             tables[feature.name].embedding_dim if feature.name in tables else widths[feature.name]
             for feature in features
-        )
+        ]
+        width = sum(columns)
         for hidden_width in hidden:
             layers.append(nn.Linear(width, hidden_width))
             if config.normalisation == "layer":
                 layers.append(nn.LayerNorm(hidden_width))
             layers += [_ACTIVATIONS[config.activation](), nn.Dropout(config.dropout)]
             width = hidden_width
-        layers.append(nn.Linear(width, config.dim))
+        projection = nn.Linear(width, config.dim)
+        if not hidden:
+            _start_as_sum(projection, columns, [feature.name in tables for feature in features])
+        layers.append(projection)
         self.projection = nn.Sequential(*layers)
 
     def forward(self, features: Mapping[str, Tensor], places: Tensor | None = None) -> Tensor:
@@ -139,6 +143,20 @@ class TwoTowers(nn.Module):
 def normalised(embeddings: Tensor) -> Tensor:
     """Unit vectors `[B, D]`. A zero vector stays zero, and both its value and its gradient are finite."""
     return embeddings * torch.rsqrt(embeddings.square().sum(dim=1, keepdim=True) + _SQUARED_NORM_FLOOR)
+
+
+def _start_as_sum(projection: nn.Linear, columns: Sequence[int], is_embedded: Sequence[bool]) -> None:
+    """A tower without hidden layers starts as the sum of its embeddings; of other features as chance will have it.
+
+    A history then stands near the items that it holds from the start, since it shares their table: from a random
+    projection in each tower that takes epochs.
+    """
+    blocks = zip(torch.split(projection.weight, list(columns), dim=1), is_embedded, strict=True)
+    with torch.no_grad():
+        projection.bias.zero_()
+        for block, starts_as_itself in blocks:
+            if starts_as_itself:
+                block.copy_(torch.eye(*block.shape))
 
 
 def _table(feature: Feature, num_ids: int, config: ModelConfig) -> nn.Embedding:

@@ -127,6 +127,17 @@ def test_without_hidden_layers_a_tower_is_a_linear_projection() -> None:
     assert torch.equal(model.query({"v": values}), normalised(functional.linear(values, linear.weight, linear.bias)))
 
 
+def test_a_linear_projection_starts_as_the_sum_of_the_embeddings() -> None:
+    history = {"name": "history", "owner": "query", "kind": "sequence", "items": "item_id"}
+    vector = {"name": "v", "owner": "query", "kind": "vector", "size": 3}
+    model, _, _ = build([history, vector, ITEM], {"item_id": ["a", "b"]}, ModelConfig(dim=4, embedding_dim=4))
+    query = {"history": torch.tensor([[2, 3]]), "v": torch.zeros(1, 3)}
+    table = model.item.tables["feature_item_id"].weight
+    assert torch.allclose(model.query(query), normalised(table[2:].mean(dim=0, keepdim=True)))
+    assert torch.equal(model.item({"item_id": torch.tensor([2, 3])}), normalised(table[2:]))
+    assert model.query(query | {"v": torch.ones(1, 3)}).allclose(model.query(query)) is False
+
+
 def test_hidden_layers_are_normalised_before_their_activation() -> None:
     vector = {"name": "v", "owner": "query", "kind": "vector", "size": 3}
     config = ModelConfig(dim=2, query_hidden=(4, 5), activation="silu", normalisation="layer")

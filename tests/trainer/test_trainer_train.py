@@ -109,15 +109,6 @@ def test_in_chunks_a_resumed_run_equals_an_undisturbed_one(world: Path, configur
     assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
 
 
-def test_sampled_histories_resume_too(world: Path, configure: Configure, tmp_path: Path) -> None:
-    config = configure(training__epochs=2, training__history_share=0.5)
-    undisturbed = run(config, world, tmp_path / "undisturbed")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, world, tmp_path / "interrupted", interrupt_at=20)
-    saved = state.load_state(tmp_path / "interrupted")
-    assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
-
-
 def test_a_finished_run_is_not_trained_again(world: Path, configure: Configure, tmp_path: Path) -> None:
     config = configure(training__epochs=2)
     finished = run(config, world, tmp_path / "state")
@@ -244,6 +235,7 @@ def lines_of(config: TrainerConfig, world: Path, state_file: Path) -> list[list[
         {"training__score_margin": 0.05},
         {"training__uniform_negatives": 16},
         {"training__negatives": "all"},
+        {"training__history_share": 0.5, "history__max_length": 20},
     ],
 )
 def test_every_setting_of_the_loss_learns_and_resumes(
