@@ -19,6 +19,7 @@ from towers.schema import CategoricalFeature, FeatureSchema, SequenceFeature, pa
 Activation = Literal["relu", "gelu", "silu"]
 Normalisation = Literal["none", "layer"]
 Negatives = Literal["batch", "all"]
+Schedule = Literal["constant", "linear", "cosine"]
 
 _METRIC = re.compile(r"(recall|ndcg|mrr)_at_(\d+)")
 _TABLES = ("data", "features", "model", "training", "evaluation")
@@ -90,6 +91,10 @@ class TrainingConfig(_Table):
     epochs: int = Field(default=20, ge=1)
     """At most this many passes over the training interactions."""
     learning_rate: float = Field(default=0.001, gt=0)
+    schedule: Schedule = "constant"
+    """Of the learning rate, over all `epochs`: as it is, or down to zero."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """First steps, in which the learning rate rises from zero."""
     weight_decay: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=0.1, gt=0)
     """Scores are divided by it before the softmax."""

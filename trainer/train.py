@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from towers.errors import InvalidInputError
 from trainer import losses, state
-from trainer.config import TrainerConfig
+from trainer.config import TrainerConfig, TrainingConfig
 from trainer.encode import EncodedQueries, Tensors
 from trainer.evaluate import ScoreRows, embedding_scores, evaluate
 from trainer.likes import Likes
@@ -115,6 +115,8 @@ def train_towers(
             model.train()
             for step in range(first_step, num_steps):
                 rows = order[step * rows_per_step : (step + 1) * rows_per_step]
+                for group in optimiser.param_groups:
+                    group["lr"] = learning_rate(options, progress.epoch * num_steps + step, options.epochs * num_steps)
                 optimiser.zero_grad()
                 figures = backward(
                     model,
@@ -154,6 +156,22 @@ def train_towers(
             )
     state.restore_parameters(trained, best)
     return snapshot()
+
+
+def learning_rate(options: TrainingConfig, step: int, num_steps: int) -> float:
+    """The learning rate of a step: depends on nothing that a resumed run would have to restore.
+
+    Args:
+        options: Say how it changes.
+        step: Steps done.
+        num_steps: Of all epochs.
+    """
+    share = {
+        "constant": 1.0,
+        "linear": 1 - step / num_steps,
+        "cosine": (1 + math.cos(math.pi * step / num_steps)) / 2,
+    }[options.schedule]
+    return options.learning_rate * share * min(1.0, (step + 1) / max(1, options.warmup_steps))
 
 
 def validate(model: TwoTowers, items: Tensors, held_out: HeldOut, config: TrainerConfig) -> dict[str, float]:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from towers.errors import InvalidInputError
 from trainer import state
-from trainer.config import TrainerConfig
+from trainer.config import TrainerConfig, TrainingConfig
 from trainer.encode import EncodedQueries, Tensors, TrainingQueries
 from trainer.model import TwoTowers
 from trainer.run import prepare
 from trainer.step import TrainingExamples
-from trainer.train import train_towers
+from trainer.train import learning_rate, train_towers
 
 Configure = Callable[..., TrainerConfig]
 ORIGIN = {"config": {}, "file": {}}
@@ -107,6 +107,20 @@ def test_in_chunks_a_resumed_run_equals_an_undisturbed_one(world: Path, configur
     saved = state.load_state(tmp_path / "interrupted")
     assert 0 < saved.progress.step < 15
     assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "expected"),
+    [
+        ("constant", 0, [8, 8, 8, 8]),
+        ("linear", 0, [8, 6, 4, 2]),
+        ("cosine", 0, [8, 4 + 8**0.5, 4, 4 - 8**0.5]),
+        ("linear", 2, [4, 6, 4, 2]),
+    ],
+)
+def test_the_learning_rate_falls_over_all_steps(schedule: str, warmup_steps: int, expected: list[float]) -> None:
+    options = TrainingConfig.model_validate({"learning_rate": 8.0, "schedule": schedule, "warmup_steps": warmup_steps})
+    assert [learning_rate(options, step, 4) for step in range(4)] == pytest.approx(expected)
 
 
 def test_a_finished_run_is_not_trained_again(world: Path, configure: Configure, tmp_path: Path) -> None:
@@ -235,6 +249,7 @@ def lines_of(config: TrainerConfig, world: Path, state_file: Path) -> list[list[
         {"training__score_margin": 0.05},
         {"training__uniform_negatives": 16},
         {"training__negatives": "all"},
+        {"training__schedule": "linear", "training__warmup_steps": 20},
         {"training__history_share": 0.5, "history__max_length": 20},
     ],
 )
