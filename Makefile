@@ -7,7 +7,7 @@ demo: .venv/installed  ## Train, publish, serve, retrieve and swap on MovieLens-
 	$(BIN)/twotower demo
 
 test: .venv/installed  ## The whole test suite.
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 check: .venv/installed  ## Format, lint, types, import contracts, protos, stubs.
 	$(BIN)/ruff format --check .
