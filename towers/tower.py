@@ -11,8 +11,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from towers.checkpoint import TowerFiles
-from towers.errors import CorruptArtefactError, GoldenDriftError, TwoTowerError
+from towers.errors import CorruptArtefactError, GoldenDriftError, InvalidFeatureError, TwoTowerError
 from towers.features import Arrays, FeatureEncoder, RawValue
+from towers.text import groups_of_similar_length
 
 OUTPUT_NAME = "tower_output"
 GOLDEN_TOLERANCE = 1e-4
@@ -42,7 +43,11 @@ class Tower:
         self.version = files.manifest.version
         self.owner = files.owner
         self.dim = files.manifest.dim
-        self.encoder = FeatureEncoder(files.schema, files.owner, files.vocabularies)
+        try:
+            self.encoder = FeatureEncoder(files.schema, files.owner, files.vocabularies, files.tokenizers)
+        except InvalidFeatureError as error:
+            raise CorruptArtefactError(f"checkpoint {self.version}: {error}") from error
+        self._tokenised = files.schema.tokenizer_names(files.owner)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.inter_op_num_threads = 1
@@ -64,8 +69,17 @@ class Tower:
         Returns:
             `[B, D]` unit embeddings.
         """
-        feeds = {input_name(name): array for name, array in arrays.items()}
-        return self._session.run([OUTPUT_NAME], feeds)[0]  # type: ignore[no-any-return]
+        if not self._tokenised:
+            return self._run(arrays)
+        lengths = {name: (arrays[name] != 0).sum(axis=1) for name in self._tokenised}  # [B] each
+        groups = groups_of_similar_length(np.sum([*lengths.values()], axis=0))
+        embeddings = np.empty((sum(map(len, groups)), self.dim), dtype=np.float32)  # [B, D]
+        for group in groups:
+            of_group = {name: array[group] for name, array in arrays.items()}
+            for name, of_rows in lengths.items():
+                of_group[name] = of_group[name][:, : max(1, of_rows[group].max())]
+            embeddings[group] = self._run(of_group)
+        return embeddings
 
     def embed_rows(self, rows: Sequence[Mapping[str, RawValue]]) -> NDArray[np.float32]:
         """Embeds raw features, `[B, D]`.
@@ -74,6 +88,10 @@ class Tower:
             InvalidFeatureError: a feature that the schema does not allow.
         """
         return self.embed(self.encoder.encode_rows(rows))
+
+    def _run(self, arrays: Arrays) -> NDArray[np.float32]:
+        feeds = {input_name(name): array for name, array in arrays.items()}
+        return self._session.run([OUTPUT_NAME], feeds)[0]  # type: ignore[no-any-return]
 
     def _replay_golden(self, files: TowerFiles) -> float:
         if not files.golden.features:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from towers.errors import InvalidInputError, InvalidSchemaError
-from towers.schema import CategoricalFeature, FeatureSchema, SequenceFeature, parse_schema
+from towers.schema import PACKAGED_ENCODERS, CategoricalFeature, FeatureSchema, SequenceFeature, parse_schema
 
 Activation = Literal["relu", "gelu", "silu"]
 Normalisation = Literal["none", "layer"]
@@ -91,6 +91,8 @@ class TrainingConfig(_Table):
     epochs: int = Field(default=20, ge=1)
     """At most this many passes over the training interactions."""
     learning_rate: float = Field(default=0.001, gt=0)
+    encoder_learning_rate: float | None = Field(default=None, gt=0)
+    """Of pretrained text encoders and their adapters. None: that of all else."""
     schedule: Schedule = "constant"
     """Of the learning rate, over all `epochs`: as it is, or down to zero."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -221,7 +223,15 @@ def read_config(path: Path) -> TrainerConfig:
         mistakes += [f"[[features]] {mistake}" for mistake in _indivisible_widths(config)]
     if mistakes:
         raise kind("\n".join(f"{path}: {mistake}" for mistake in mistakes))
-    return config
+    return config.model_copy(update={"features": tuple(_located(entry, path.parent) for entry in config.features)})
+
+
+def _located(declaration: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """A feature declaration whose encoder, unless it is a packaged one, is a path from here and not from a folder."""
+    encoder = declaration.get("encoder")
+    if not isinstance(encoder, str) or encoder in PACKAGED_ENCODERS:
+        return declaration
+    return {**declaration, "encoder": str(folder / encoder)}
 
 
 def _unshared_widths(schema: FeatureSchema) -> list[str]:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from towers.errors import InvalidFeatureError, InvalidInputError
 from towers.features import Arrays, FeatureEncoder, RawValue
-from towers.schema import SequenceFeature
+from towers.schema import Owner, SequenceFeature, TextFeature
 from trainer.data import Entities, TrainingData
 from trainer.fit import FittedSchema
+from trainer.text import truncation_note
 
 Tensors = dict[str, Tensor]
 """Feature name to encoded values, batch first."""
@@ -206,9 +207,10 @@ class DataEncoder:
         Raises:
             InvalidInputError: a value that its feature does not allow; names the file.
         """
-        self.query = FeatureEncoder(fitted.schema, "query", fitted.vocabularies)
-        self.item = FeatureEncoder(fitted.schema, "item", fitted.vocabularies)
+        self.query = FeatureEncoder(fitted.schema, "query", fitted.vocabularies, fitted.tokenizers)
+        self.item = FeatureEncoder(fitted.schema, "item", fitted.vocabularies, fitted.tokenizers)
         self._data = data
+        self._tokenizers = fitted.tokenizers
         self._user_columns = {
             feature.name: data.users.columns[feature.column]
             for feature in self.query.features
@@ -227,6 +229,20 @@ class DataEncoder:
         """
         arrays = _encode(self.item, self._item_columns, self._data.items)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def truncation_notes(self) -> list[str]:
+        """Says of each text with a pretrained encoder how many lose their end, where any does."""
+        columns: Mapping[Owner, tuple[Mapping[str, Sequence[RawValue]], str]] = {
+            "query": (self._user_columns, "users"),
+            "item": (self._item_columns, "items"),
+        }
+        notes = [
+            truncation_note(feature, self._tokenizers[feature.name], columns[feature.owner][0][feature.name], entities)
+            for owner, (_, entities) in columns.items()
+            for feature in (self.query if owner == "query" else self.item).features
+            if isinstance(feature, TextFeature) and feature.encoder is not None
+        ]
+        return [note for note in notes if note is not None]
 
     def training_queries(self, positions: NDArray[np.int64], history_share: float | None) -> TrainingQueries:
         """Queries to train on, at rising positions of the log; as windows where one pass can answer all of a window.

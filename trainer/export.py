@@ -32,6 +32,7 @@ from towers.schema import (
 from towers.tower import OUTPUT_NAME, Tower, input_name
 from trainer.fit import FittedSchema
 from trainer.model import TowerNetwork, TwoTowers
+from trainer.text import with_adapters_merged
 
 TOLERANCE = 1e-5
 """Largest absolute difference between exported and torch embeddings."""
@@ -88,7 +89,7 @@ def export_towers(
     towers: dict[Owner, Tower] = {}
     for owner, network in networks.items():
         network.eval()
-        exported[owner] = export_onnx(network, encoders[owner])
+        exported[owner] = export_onnx(with_adapters_merged(network), encoders[owner])
         step = max(1, len(rows[owner]) // num_golden)
         chosen = [*rows[owner][::step][:num_golden], {}, unknown_row(fitted.schema, owner)]
         golden[owner] = GoldenExamples(
@@ -155,7 +156,7 @@ def load_unpublished(owner: Owner, onnx: bytes, golden: GoldenExamples, fitted: 
         code_revision="",
         parent_version=None,
     )
-    return Tower(TowerFiles(owner, manifest, fitted.schema, fitted.vocabularies, golden, onnx))
+    return Tower(TowerFiles(owner, manifest, fitted.schema, fitted.vocabularies, golden, onnx, fitted.tokenizers))
 
 
 def difference(tower: Tower, network: TowerNetwork, encoder: FeatureEncoder, rows: Rows) -> float:
@@ -209,6 +210,7 @@ def draft_checkpoint(
         dim=len(exported.golden["item"].embeddings[0]),
         schema=fitted.schema,
         vocabularies=fitted.vocabularies,
+        tokenizers=fitted.tokenizers,
         towers=exported.onnx,
         golden=exported.golden,
         metrics=metrics,

@@ -5,7 +5,7 @@ Deliberately does not know how values are encoded (`towers.features`), and sees 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,11 @@ from towers.schema import (
     NumberFeature,
     Owner,
     SequenceFeature,
+    TextFeature,
     TimestampFeature,
 )
 from trainer.data import Entities, Split, TrainingData
+from trainer.text import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class FittedSchema:
 
     schema: FeatureSchema
     vocabularies: Mapping[str, Sequence[str]]
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    """Content of the tokenizer files of pretrained text encoders, by feature."""
 
 
 def fit_schema(schema: FeatureSchema, data: TrainingData, split: Split) -> FittedSchema:
@@ -71,7 +75,12 @@ def fit_schema(schema: FeatureSchema, data: TrainingData, split: Split) -> Fitte
                 features.append(feature.model_copy(update={"reference_time_s": last_moment_s}))
             case _:
                 features.append(feature)
-    return FittedSchema(FeatureSchema(features=tuple(features)), vocabularies)
+    tokenizers = {
+        feature.name: read_tokenizer(feature)
+        for feature in features
+        if isinstance(feature, TextFeature) and feature.encoder is not None
+    }
+    return FittedSchema(FeatureSchema(features=tuple(features)), vocabularies, tokenizers)
 
 
 def learn_vocabulary(values: Sequence[RawValue], counts: NDArray[Any], min_count: int) -> list[str]:

@@ -21,6 +21,7 @@ from towers.schema import (
 from towers.tower import input_name
 from trainer.config import Activation, ModelConfig
 from trainer.pooling import AttentionPooling, CausalTransformer, MeanPooling
+from trainer.text import PretrainedText, pretrained_texts
 
 _SQUARED_NORM_FLOOR = 1e-12
 _TABLE_STD = 0.05
@@ -33,7 +34,7 @@ class TowerNetwork(nn.Module):
     def __init__(
         self,
         features: Sequence[Feature],
-        tables: Mapping[str, nn.Embedding],
+        tables: Mapping[str, nn.Embedding | PretrainedText],
         widths: Mapping[str, int],
         hidden: Sequence[int],
         config: ModelConfig,
@@ -42,7 +43,7 @@ class TowerNetwork(nn.Module):
 
         Args:
             features: The tower's features, in the order of the schema.
-            tables: Embedding tables by feature name; a table may be shared with the other tower.
+            tables: Embedding tables and text encoders by feature name; each may be shared with the other tower.
             widths: Columns of the features without a table, by feature name.
             hidden: Widths of the hidden layers.
             config: The shape of the network.
@@ -58,6 +59,7 @@ class TowerNetwork(nn.Module):
                 input_name(feature.name): _pooling(feature, tables[feature.name].embedding_dim, config)
                 for feature in features
                 if isinstance(feature, CategoricalListFeature | SequenceFeature | TextFeature)
+                and isinstance(tables[feature.name], nn.Embedding)
             }
         )
         layers: list[nn.Module] = [nn.Dropout(config.dropout)]
@@ -121,11 +123,12 @@ class TwoTowers(nn.Module):
         """
         super().__init__()
         encoders = {"query": query_encoder, "item": item_encoder}
-        tables = {
+        tables: dict[str, nn.Embedding | PretrainedText] = {
             feature.name: _table(feature, encoders[feature.owner].num_ids(feature.name), config)
             for feature in schema.features
             if _has_own_table(feature)
         }
+        tables |= pretrained_texts(schema)
         for feature in schema.features:
             if isinstance(feature, SequenceFeature):
                 tables[feature.name] = tables[feature.items]
@@ -188,7 +191,9 @@ def _pooling(
 def _has_own_table(feature: Feature) -> bool:
     if isinstance(feature, NumberFeature):
         return feature.scaling == "quantile"
-    return isinstance(feature, CategoricalFeature | CategoricalListFeature | TextFeature)
+    if isinstance(feature, TextFeature):
+        return feature.encoder is None
+    return isinstance(feature, CategoricalFeature | CategoricalListFeature)
 
 
 def _embedding_dim(feature: Feature, config: ModelConfig) -> int:

@@ -80,9 +80,10 @@ def open_published(checkpoints: CheckpointStore, version: int) -> PublishedTower
     """
     files = [checkpoints.load(version, owner) for owner in ("query", "item")]
     vocabularies = {name: tokens for tower in files for name, tokens in tower.vocabularies.items()}
+    tokenizers = {name: content for tower in files for name, content in tower.tokenizers.items()}
     return PublishedTowers(
         manifest=files[0].manifest,
-        fitted=FittedSchema(files[0].schema, vocabularies),
+        fitted=FittedSchema(files[0].schema, vocabularies, tokenizers),
         towers={tower.owner: Tower(tower) for tower in files},
     )
 

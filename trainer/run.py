@@ -46,13 +46,19 @@ from trainer.published import open_published
 from trainer.questions import ask
 from trainer.slices import Slice, all_slices
 from trainer.step import TrainingExamples
+from trainer.text import encoder_files
 from trainer.train import HeldOut, embed_items, embed_queries, train_towers, validate
 
 RUNS = Path("var/runs")
 
 _PUBLISH_ATTEMPTS = 5
 _CHECKED_QUERIES = 1000
-_NOT_TRAINED_ON: Any = {"run_folder": True, "data": {"folder"}, "evaluation": {"max_loss", "max_slice_loss"}}
+_NOT_TRAINED_ON: Any = {
+    "run_folder": True,
+    "data": {"folder"},
+    "features": {"__all__": {"encoder"}},
+    "evaluation": {"max_loss", "max_slice_loss"},
+}
 """Keys of the configuration that change nothing about the trained towers."""
 
 
@@ -128,7 +134,8 @@ def train(
     checkpoints.versions()
     with state.alone_in(run_folder), _interruptible(state_file, resume), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        origin = _origin(config, data.digest_files(data.data_files(config.data, folder)))
+        files = data.data_files(config.data, folder) | encoder_files(config.feature_schema())
+        origin = _origin(config, data.digest_files(files))
         resumed = _resumed(state_file, origin) if resume else None
         published = resumed.progress.published.get(objects.url) if resumed else None
         if published is not None and published in checkpoints.versions():
@@ -221,7 +228,7 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
         test=test,
         gated_slices=gated_slices,
         num_users=len(tables.users.ids),
-        notes=(*tables.notes, *notes),
+        notes=(*tables.notes, *encoder.truncation_notes(), *notes),
     )
 
 

@@ -148,8 +148,8 @@ def check_origin(path: Path, resumed: Mapping[str, Any], current: Mapping[str, A
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name; a table that both towers share comes once."""
-    return dict(model.named_parameters())
+    """Parameters that are trained, by name; a table that both towers share comes once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def moments_of(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -164,7 +164,7 @@ def moments_of(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, 
 def restore_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     """Copies parameters into a model of the same shape."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(model).items():
             parameter.copy_(parameters[name])
 
 

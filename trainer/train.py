@@ -30,6 +30,7 @@ from trainer.likes import Likes
 from trainer.model import TowerNetwork, TwoTowers
 from trainer.questions import Questions
 from trainer.step import StepFigures, TrainingExamples, backward, take
+from trainer.text import trained_parameters
 
 _ROWS_AT_ONCE = 1024
 _STEPS_PER_ESTIMATE = 16
@@ -81,10 +82,13 @@ def train_towers(
     options, num_items = config.training, len(examples.log_q)
     temperature = losses.Temperature(options.temperature, options.learn_temperature)
     trained = nn.ModuleDict({"towers": model, "temperature": temperature})
+    layers, encoders = trained_parameters(model)
+    encoder_share = (options.encoder_learning_rate or options.learning_rate) / options.learning_rate
     optimiser = torch.optim.AdamW(
         [
-            {"params": [*model.parameters()], "weight_decay": options.weight_decay},
-            {"params": [*temperature.parameters()], "weight_decay": 0.0},
+            {"params": layers, "weight_decay": options.weight_decay, "share": 1.0},
+            {"params": encoders, "weight_decay": options.weight_decay, "share": encoder_share},
+            {"params": [*temperature.parameters()], "weight_decay": 0.0, "share": 1.0},
         ],
         lr=options.learning_rate,
         fused=True,
@@ -115,8 +119,9 @@ def train_towers(
             model.train()
             for step in range(first_step, num_steps):
                 rows = order[step * rows_per_step : (step + 1) * rows_per_step]
+                rate_of_step = learning_rate(options, progress.epoch * num_steps + step, options.epochs * num_steps)
                 for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(options, progress.epoch * num_steps + step, options.epochs * num_steps)
+                    group["lr"] = rate_of_step * group["share"]
                 optimiser.zero_grad()
                 figures = backward(
                     model,
