@@ -20,6 +20,7 @@ Activation = Literal["relu", "gelu", "silu"]
 Normalisation = Literal["none", "layer"]
 Negatives = Literal["batch", "all"]
 Schedule = Literal["constant", "linear", "cosine"]
+Layout = Literal["tables", "beir"]
 
 _METRIC = re.compile(r"(recall|ndcg|mrr)_at_(\d+)")
 _TABLES = ("data", "features", "model", "training", "evaluation")
@@ -34,6 +35,9 @@ class _Table(BaseModel):
 class DataConfig(_Table):
     """`[data]`: the three tables, Parquet or CSV by their ending, and the columns that hold the ids."""
 
+    layout: Layout = "tables"
+    """`beir`: documents are the items, queries the users, judgements the interactions, with the fields and the split
+    of BEIR (`trainer.beir`)."""
     folder: str = "."
     """Where the files are, relative to the TOML file."""
     interactions: str = Field(min_length=1)
@@ -51,6 +55,17 @@ class DataConfig(_Table):
     weight_column: str | None = Field(default=None, min_length=1)
     """Of the interactions: how much the loss of each counts beside the others'. Without it all count alike."""
     csv_separator: str = Field(default=",", min_length=1, max_length=1)
+
+    @model_validator(mode="after")
+    def _columns_of_the_layout(self) -> "DataConfig":
+        if self.layout == "beir":
+            named = [name for name in type(self).model_fields if name.endswith(("_column", "_separator"))]
+            found = sorted(self.model_fields_set.intersection(named))
+            if found:
+                raise ValueError(f'layout = "beir" has columns of its own; leave out {" and ".join(found)}')
+            if self.users is None:
+                raise ValueError('layout = "beir" needs the file of the queries; add users, such as "queries.jsonl"')
+        return self
 
 
 class ModelConfig(_Table):

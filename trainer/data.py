@@ -5,7 +5,7 @@ Deliberately does not know how features are encoded, nor what is trained on them
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from towers.errors import InvalidFeatureError, InvalidInputError
 from towers.features import RawValue, category_token
 from towers.schema import Feature, FeatureSchema
+from trainer import beir
 from trainer.config import DataConfig
 
 USER_ID = "user_id"
@@ -92,6 +93,22 @@ class TrainingData:
     """What was left out and why, one line each."""
 
 
+@dataclass(frozen=True)
+class _Interactions:
+    path: Path
+    user_column: str
+    item_column: str
+    user_codes: NDArray[np.int32]
+    user_ids: Sequence[str]
+    item_codes: NDArray[np.int32]
+    item_ids: Sequence[str]
+    timestamps_s: NDArray[np.float64]
+    weights: NDArray[np.float64] | None
+    parts: NDArray[np.int8] | None
+    """Places in `PARTS`."""
+    split_column: str | None
+
+
 def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> TrainingData:
     """Reads and checks the tables.
 
@@ -107,14 +124,10 @@ def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> Traini
     paths = data_files(config, folder)
     item_features = [feature for feature in schema.features if feature.source == "items"]
     user_features = [feature for feature in schema.features if feature.source == "users"]
-    separator = config.csv_separator
-    items, item_notes = _read_entities(paths["items"], "items", config.item_id_column, item_features, separator)
-    interactions = _read_interactions(paths["interactions"], config)
-    if "users" in paths:
-        users, user_notes = _read_entities(paths["users"], "users", config.user_id_column, user_features, separator)
+    if config.layout == "beir":
+        items, users, interactions, read_notes = _read_corpus(paths, item_features, user_features)
     else:
-        users, user_notes = _users_without_table(interactions, user_features), []
-
+        items, users, interactions, read_notes = _read_tables(config, paths, item_features, user_features)
     rows, log_notes = _item_rows(interactions, items, paths["items"])
     users, user_rows, unlisted_notes = _user_rows(interactions, users)
     kept = rows >= 0
@@ -122,8 +135,36 @@ def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> Traini
     parts = None if interactions.parts is None else interactions.parts[kept]
     log = order_by_time(user_rows[kept], rows[kept], interactions.timestamps_s[kept], weights, parts)
     split = split_by_time(log) if log.parts is None else split_as_given(log.parts)
-    _check_enough(log, split, interactions, config.split_column)
-    return TrainingData(users, items, log, split, (*item_notes, *user_notes, *log_notes, *unlisted_notes))
+    _check_enough(log, split, interactions)
+    return TrainingData(users, items, log, split, (*read_notes, *log_notes, *unlisted_notes))
+
+
+def _read_tables(
+    config: DataConfig, paths: Mapping[str, Path], item_features: Sequence[Feature], user_features: Sequence[Feature]
+) -> tuple[Entities, Entities, _Interactions, list[str]]:
+    separator = config.csv_separator
+    items, item_notes = _read_entities(paths["items"], "items", config.item_id_column, item_features, separator)
+    interactions = _read_interactions(paths["interactions"], config)
+    if "users" not in paths:
+        return items, _users_without_table(interactions, user_features), interactions, item_notes
+    users, user_notes = _read_entities(paths["users"], "users", config.user_id_column, user_features, separator)
+    return items, users, interactions, item_notes + user_notes
+
+
+def _read_corpus(
+    paths: Mapping[str, Path], item_features: Sequence[Feature], user_features: Sequence[Feature]
+) -> tuple[Entities, Entities, _Interactions, list[str]]:
+    documents, queries = beir.read_documents(paths["items"]), beir.read_queries(paths["users"])
+    for table, path, features in ((documents, paths["items"], item_features), (queries, paths["users"], user_features)):
+        if not len(table):
+            raise InvalidInputError(f"{path}: the file has no records; write at least one")
+        wanted = {feature.column: f"feature {feature.name!r}" for feature in features}
+        _check_columns(path, table.column_names, wanted)
+    judgements, notes = beir.read_judgements(_files(paths["interactions"], "interactions"), queries)
+    items, item_notes = _entities(documents, paths["items"], "items", ITEM_ID, item_features)
+    users, user_notes = _entities(queries, paths["users"], "users", USER_ID, user_features)
+    interactions = _as_interactions([(paths["interactions"], judgements)], paths["interactions"], beir.COLUMNS)
+    return items, users, interactions, item_notes + user_notes + notes
 
 
 def data_files(config: DataConfig, folder: Path) -> dict[str, Path]:
@@ -221,21 +262,6 @@ def data_window(log: InteractionLog, positions: NDArray[np.int64]) -> tuple[date
     return (datetime.fromtimestamp(moments_s.min(), UTC), datetime.fromtimestamp(moments_s.max(), UTC))
 
 
-@dataclass(frozen=True)
-class _Interactions:
-    path: Path
-    user_column: str
-    item_column: str
-    user_codes: NDArray[np.int32]
-    user_ids: Sequence[str]
-    item_codes: NDArray[np.int32]
-    item_ids: Sequence[str]
-    timestamps_s: NDArray[np.float64]
-    weights: NDArray[np.float64] | None
-    parts: NDArray[np.int8] | None
-    """Places in `PARTS`."""
-
-
 def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
     columns = {
         config.user_id_column: "[data] user_id_column",
@@ -248,19 +274,28 @@ def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
     if config.split_column is not None:
         columns.setdefault(config.split_column, "[data] split_column")
         as_strings.append(config.split_column)
+    tables = (
+        (file, part)
+        for file in _files(path, "interactions")
+        for part in _read_parts(file, "interactions", columns, as_strings, config.csv_separator)
+    )
+    return _as_interactions(tables, path, config)
+
+
+def _as_interactions(tables: Iterable[tuple[Path, pa.Table]], path: Path, config: DataConfig) -> _Interactions:
+    """Interactions from tables with the file of each, for messages."""
     # Columns a part at a time: what is kept of a row are two codes and its numbers, never its strings.
     user_codes, item_codes, timestamps_s, weights, parts = [], [], [], [], []
     user_code_of: dict[str, int] = {}
     item_code_of: dict[str, int] = {}
-    for file in _files(path, "interactions"):
-        for part in _read_parts(file, "interactions", columns, as_strings, config.csv_separator):
-            user_codes.append(_id_codes(part, file, config.user_id_column, user_code_of))
-            item_codes.append(_id_codes(part, file, config.item_id_column, item_code_of))
-            timestamps_s.append(_timestamps_s(part, file, config.timestamp_column))
-            if config.weight_column is not None:
-                weights.append(_weights(part, file, config.weight_column))
-            if config.split_column is not None:
-                parts.append(_parts(part, file, config.split_column))
+    for file, part in tables:
+        user_codes.append(_id_codes(part, file, config.user_id_column, user_code_of))
+        item_codes.append(_id_codes(part, file, config.item_id_column, item_code_of))
+        timestamps_s.append(_timestamps_s(part, file, config.timestamp_column))
+        if config.weight_column is not None:
+            weights.append(_weights(part, file, config.weight_column))
+        if config.split_column is not None:
+            parts.append(_parts(part, file, config.split_column))
     if not user_codes:
         raise InvalidInputError(_no_rows(path, "interactions"))
     user_ids, item_ids = list(user_code_of), list(item_code_of)
@@ -280,13 +315,13 @@ def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
         np.concatenate(timestamps_s),
         np.concatenate(weights) if weights else None,
         np.concatenate(parts) if parts else None,
+        config.split_column,
     )
 
 
 def _read_entities(
     path: Path, table_name: Literal["items", "users"], id_column: str, features: Sequence[Feature], separator: str
 ) -> tuple[Entities, list[str]]:
-    """One row per id, the last of several; the id column under its standard name."""
     standard = ITEM_ID if table_name == "items" else USER_ID
     wanted = {id_column: f"[data] {standard}_column"}
     for feature in features:
@@ -294,6 +329,14 @@ def _read_entities(
         wanted.setdefault(column, f"feature {feature.name!r}")
     as_strings = [id_column, *(feature.column for feature in features if feature.kind in ("categorical", "text"))]
     table = _read_table(path, table_name, wanted, as_strings, separator)
+    return _entities(table, path, table_name, id_column, features)
+
+
+def _entities(
+    table: pa.Table, path: Path, table_name: Literal["items", "users"], id_column: str, features: Sequence[Feature]
+) -> tuple[Entities, list[str]]:
+    """One row per id, the last of several; the id column under its standard name."""
+    standard = ITEM_ID if table_name == "items" else USER_ID
     code_of: dict[str, int] = {}
     codes = _id_codes(table, path, id_column, code_of)
     ids = list(code_of)
@@ -367,18 +410,18 @@ def _user_rows(interactions: _Interactions, users: Entities) -> tuple[Entities, 
     return Entities([*users.ids, *unlisted], columns, users.name), rows, [note]
 
 
-def _check_enough(log: InteractionLog, split: Split, interactions: _Interactions, split_column: str | None) -> None:
+def _check_enough(log: InteractionLog, split: Split, interactions: _Interactions) -> None:
     if len(np.unique(log.items)) < 2:
         raise InvalidInputError(
             f"{interactions.path}: column {interactions.item_column!r}: only one item of the item table is left; "
             "training needs at least two"
         )
-    if split_column is not None:
+    if interactions.split_column is not None:
         for name, positions in (("train", split.train), ("test", split.test)):
             if len(positions) == 0:
                 raise InvalidInputError(
-                    f"{interactions.path}: column {split_column!r} ([data] split_column): no row says {name!r}; give "
-                    "some to train on and some to test"
+                    f"{interactions.path}: column {interactions.split_column!r} ([data] split_column): no row says "
+                    f"{name!r}; give some to train on and some to test"
                 )
     elif len(split.test) == 0:
         raise InvalidInputError(
