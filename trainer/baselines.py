@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.bm25 import Texts, bm25_scores
 from trainer.data import InteractionLog
 from trainer.evaluate import ScoreRows
 from trainer.questions import ItemLists
@@ -20,15 +21,20 @@ _ALS_FACTORS = 64
 
 
 def baselines(
-    log: InteractionLog, train: NDArray[np.int64], positions: NDArray[np.int64], num_items: int
+    log: InteractionLog,
+    train: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    num_items: int,
+    texts: Texts | None = None,
 ) -> dict[str, ScoreRows]:
-    """All baselines, by name; `als` where the package `implicit` is installed.
+    """All baselines, by name; `als` and, for texts, `bm25` where the packages `implicit` and `bm25s` are installed.
 
     Args:
         log: All interactions.
         train: Positions of the interactions to learn from.
         positions: `[Q]` positions of the queries; the history of each is what is before it.
         num_items: I.
+        texts: Of users and items, where both have some.
     """
     counts = np.bincount(log.items[train], minlength=num_items)
     found = {
@@ -37,6 +43,8 @@ def baselines(
     }
     if importlib.util.find_spec("implicit") is not None:
         found["als"] = als_scores(log, train, positions, num_items)
+    if texts is not None and importlib.util.find_spec("bm25s") is not None:
+        found["bm25"] = bm25_scores(texts, log.users[positions])
     return found
 
 

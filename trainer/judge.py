@@ -12,6 +12,7 @@ import numpy as np
 from towers.checkpoint import CheckpointStore
 from trainer import data
 from trainer.baselines import baselines
+from trainer.bm25 import texts_of
 from trainer.comparison import TOWERS, Comparison, compare
 from trainer.config import EvaluationConfig
 from trainer.evaluate import embedding_scores, rank
@@ -55,7 +56,7 @@ def evaluate_version(checkpoints: CheckpointStore, version: int, folder: Path) -
     num_items = len(tables.items.ids)
     item_counts = np.bincount(tables.log.items[split.train], minlength=num_items)
     models = {
-        **baselines(tables.log, split.train, questions.positions, num_items),
+        **baselines(tables.log, split.train, questions.positions, num_items, texts_of(tables, published.fitted.schema)),
         TOWERS: embedding_scores(*published.embed(tables, questions.positions)),
     }
     rankings = {

@@ -37,6 +37,7 @@ from towers.schema import Owner
 from towers.store import Store
 from trainer import comparison, data, export, gates, losses, state
 from trainer.baselines import baselines
+from trainer.bm25 import Texts, texts_of
 from trainer.config import TrainerConfig, read_config
 from trainer.encode import DataEncoder
 from trainer.evaluate import Ranking, embedding_scores, rank
@@ -92,6 +93,8 @@ class Prepared:
     gated_slices: Sequence[Slice]
     """Parts of the test targets that publishing is judged by too."""
     num_users: int
+    texts: Texts | None
+    """What a text search of the users among the items would read."""
     notes: tuple[str, ...]
 
 
@@ -228,6 +231,7 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
         test=test,
         gated_slices=gated_slices,
         num_users=len(tables.users.ids),
+        texts=texts_of(tables, fitted.schema),
         notes=(*tables.notes, *encoder.truncation_notes(), *notes),
     )
 
@@ -297,7 +301,7 @@ def _rankings(embeddings: Mapping[Owner, Tensor], prepared: Prepared, config: Tr
     """How the best epoch and the baselines rank the test set."""
     questions = prepared.test.questions
     models = {
-        **baselines(prepared.log, prepared.split.train, questions.positions, len(prepared.item_counts)),
+        **baselines(prepared.log, prepared.split.train, questions.positions, len(prepared.item_counts), prepared.texts),
         comparison.TOWERS: embedding_scores(embeddings["query"], embeddings["item"]),
     }
     return {
