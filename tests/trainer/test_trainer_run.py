@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ class Screen(io.StringIO):
             self._interrupt_at = None
             signal.raise_signal(signal.SIGINT)
         return written
+
+
+OPTIONAL_BASELINES = {"als": "implicit", "bm25": "bm25s"}
 
 
 def trained(world: Path, screen: Screen, resume: bool = False, **changes: Any) -> TrainingReport:
@@ -100,9 +104,10 @@ def test_training_publishes_a_checkpoint_that_services_load(world: Path) -> None
     assert report.run_folder == world / "run"
     manifest = checkpoints.manifest(1)
     assert manifest.metrics == report.metrics
+    optional = [f"test.{name}_" for name, package in OPTIONAL_BASELINES.items() if find_spec(package) is not None]
     assert manifest.metrics.keys() == {
         f"{prefix}{name}_at_{k}"
-        for prefix in ("validation.", "test.", "test.popularity_", "test.item_knn_")
+        for prefix in ("validation.", "test.", "test.popularity_", "test.item_knn_", *optional)
         for name in ("recall", "ndcg", "mrr")
         for k in (5, 10)
     }
