@@ -10,10 +10,11 @@ import pytest
 from towers.errors import InvalidInputError
 from towers.schema import parse_schema
 from trainer import data
-from trainer.config import DataConfig
+from trainer.config import DataConfig, read_config
 from trainer.data import PARTS, TrainingData
 
 SCIFACT = Path(__file__).parents[3] / "shared" / "data" / "scifact"
+CONFIG = Path(data.__file__).parent / "configs" / "scifact.toml"
 CLAIM = {"name": "text", "owner": "query", "kind": "text"}
 DOCUMENT = {"name": "document", "owner": "item", "kind": "text"}
 AS_WRITTEN = DataConfig(layout="beir", interactions="qrels/*.tsv", items="corpus.jsonl", users="queries.jsonl")
@@ -158,3 +159,11 @@ def test_scifact() -> None:
     assert len({str(texts[name]).casefold() for name in validated}) == 81
     assert not {texts[name] for name in trained | validated} & {texts[name] for name in tested}
     assert PARTS[found.log.parts[found.split.test[0]]] == "test"  # type: ignore[index]
+
+
+def test_the_configuration_of_scifact_reads_claims_and_documents(tmp_path: Path) -> None:
+    config = read_config(CONFIG)
+    write(tmp_path, train=TRAIN, test=TEST)
+    found = data.read_data(config.data, config.feature_schema(), tmp_path)
+    assert found.items.columns.keys() == {"item_id", "document"}
+    assert found.users.columns.keys() == {"user_id", "text"}
