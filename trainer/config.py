@@ -23,7 +23,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Layout = Literal["tables", "beir"]
 
 _METRIC = re.compile(r"(recall|ndcg|mrr)_at_(\d+)")
-_TABLES = ("data", "features", "model", "training", "evaluation")
+_TABLES = ("data", "features", "model", "training", "evaluation", "export")
 
 
 class _Table(BaseModel):
@@ -190,6 +190,15 @@ class EvaluationConfig(_Table):
         return metric
 
 
+class ExportConfig(_Table):
+    """`[export]`: what is published of the trained towers."""
+
+    int8: bool = False
+    """Whether the towers' weights and activations are 8-bit integers where the gate allows it, and float32 else."""
+    int8_min_overlap: float = Field(default=0.95, ge=0, le=1)
+    """The gate: mean share of the ten best items of held-out queries, by the towers in float32, that they find too."""
+
+
 class TrainerConfig(_Table):
     """A whole configuration. The manifest of the checkpoint keeps it."""
 
@@ -201,6 +210,7 @@ class TrainerConfig(_Table):
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
 
     def feature_schema(self) -> FeatureSchema:
         """The declared schema, its learned parameters still at their defaults."""
@@ -298,5 +308,6 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
         ("model",): ModelConfig,
         ("training",): TrainingConfig,
         ("evaluation",): EvaluationConfig,
+        ("export",): ExportConfig,
     }
     return sorted(tables[tuple(location)].model_fields)

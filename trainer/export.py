@@ -97,11 +97,14 @@ def export_towers(
         )
         towers[owner] = load_unpublished(owner, exported[owner], golden[owner], fitted)
         differences[owner] = difference(towers[owner], network, encoders[owner], [*rows[owner], *chosen])
-    embedded = [
-        towers["query"].embed_rows(validation_queries[start : start + _ROWS_AT_ONCE])
-        for start in range(0, len(validation_queries), _ROWS_AT_ONCE)
-    ]
-    return ExportedTowers(exported, golden, differences, np.concatenate(embedded) if embedded else None)
+    embedded = embed_all(towers["query"], validation_queries) if len(validation_queries) else None
+    return ExportedTowers(exported, golden, differences, embedded)
+
+
+def embed_all(tower: Tower, rows: Rows) -> NDArray[np.float32]:
+    """Embeddings `[N, D]` of raw features, at least one row, by an exported tower."""
+    starts = range(0, len(rows), _ROWS_AT_ONCE)
+    return np.concatenate([tower.embed_rows(rows[start : start + _ROWS_AT_ONCE]) for start in starts])
 
 
 def export_onnx(network: TowerNetwork, encoder: FeatureEncoder) -> bytes:

@@ -35,10 +35,10 @@ from towers.errors import (
 from towers.features import FeatureEncoder
 from towers.schema import Owner
 from towers.store import Store
-from trainer import comparison, data, export, gates, losses, state
+from trainer import comparison, data, export, gates, losses, quantise, state
 from trainer.baselines import baselines
 from trainer.bm25 import Texts, texts_of
-from trainer.config import TrainerConfig, read_config
+from trainer.config import ExportConfig, TrainerConfig, read_config
 from trainer.encode import DataEncoder
 from trainer.evaluate import Ranking, embedding_scores, rank
 from trainer.fit import FittedSchema, fit_schema
@@ -59,6 +59,7 @@ _NOT_TRAINED_ON: Any = {
     "data": {"folder"},
     "features": {"__all__": {"encoder"}},
     "evaluation": {"max_loss", "max_slice_loss"},
+    "export": True,
 }
 """Keys of the configuration that change nothing about the trained towers."""
 
@@ -177,8 +178,7 @@ def train(
             *_live_refusals(objects, rankings[comparison.TOWERS], prepared, config, folder, console),
         ]
         forced = _overridden(refusals, force)
-        exported = _export(model, prepared)
-        _say(console, _agreement(exported))
+        exported = _export(model, prepared, config.export, console)
         draft = export.draft_checkpoint(
             exported,
             prepared.fitted,
@@ -370,7 +370,7 @@ def _metrics(found: comparison.Comparison, validation: Mapping[str, float]) -> d
     return metrics
 
 
-def _export(model: TwoTowers, prepared: Prepared) -> export.ExportedTowers:
+def _export(model: TwoTowers, prepared: Prepared, options: ExportConfig, console: Console) -> export.ExportedTowers:
     positions = np.concatenate([prepared.split.test, prepared.split.validation])[:_CHECKED_QUERIES]
     rows: Mapping[Owner, export.Rows] = {
         "query": prepared.encoder.raw_queries(positions.tolist()),
@@ -380,7 +380,18 @@ def _export(model: TwoTowers, prepared: Prepared) -> export.ExportedTowers:
     validation = prepared.split.validation
     step = -(-len(validation) // MAX_VALIDATION_QUERIES) or 1
     validation_queries = prepared.encoder.raw_queries(validation[::step].tolist())
-    return export.export_towers(model, prepared.fitted, encoders, rows, validation_queries)
+    exported = export.export_towers(model, prepared.fitted, encoders, rows, validation_queries)
+    _say(console, _agreement(exported))
+    if not options.int8:
+        return exported
+    coarse, overlap = quantise.quantised(exported, prepared.fitted, rows, validation_queries)
+    is_close = overlap >= options.int8_min_overlap
+    _say(
+        console,
+        f"In int8 the towers find {overlap:.1%} of the {quantise.K} best items of float32, for {len(rows['query']):,} "
+        f"queries; int8_min_overlap = {options.int8_min_overlap:.1%}: published in {'int8' if is_close else 'float32'}",
+    )
+    return coarse if is_close else exported
 
 
 def _origin(config: TrainerConfig, digests: Mapping[str, str]) -> dict[str, Any]:

