@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from trainer import state
 from trainer.caching import Embedded
 from trainer.config import ModelConfig
 from trainer.model import TwoTowers
-from trainer.run import train
+from trainer.run import Interrupted, train
 from trainer.text import pretrained_texts, read_tokenizer, trained_parameters, truncation_note, with_adapters_merged
 
 WORDS = ["red", "green", "blue", "apple", "leaf", "sky", "fruit", "tree", "cloud", "ripe", "tall", "wide"]
@@ -344,6 +346,27 @@ def test_train_publish_and_serve(toy: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b"apple", b"apply"))
     with pytest.raises(CorruptArtefactError, match=r"tokenizer/question.json differs"):
         checkpoints.load(1, "query")
+
+
+class Interrupting(Console):
+    """Ctrl-C when the first epoch is done; the step in hand ends first."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **options)
+        if str(objects[0]).startswith("epoch   1"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_resumed_run_is_the_undisturbed_one(toy: Path) -> None:
+    """Adapters, their moments and what dropout draws come back; the frozen encoder is read from its folder."""
+    config = toy / "towers.toml"
+    train(config, store=str(toy / "undisturbed"), resume=False, console=Console(quiet=True))
+    with pytest.raises(Interrupted):
+        train(config, store=str(toy / "resumed"), resume=False, console=Interrupting(quiet=True))
+    train(config, store=str(toy / "resumed"), resume=True, console=Console(quiet=True))
+    for owner in ("query", "item"):
+        first, second = (CheckpointStore(Store(str(toy / name))).load(1, owner) for name in ("undisturbed", "resumed"))
+        assert first.onnx == second.onnx
 
 
 @pytest.mark.parametrize(("gate", "kind"), [(0.5, "int8"), (1.0, "float32")])
