@@ -19,6 +19,7 @@ from towers.schema import PACKAGED_ENCODERS, CategoricalFeature, FeatureSchema, 
 Activation = Literal["relu", "gelu", "silu"]
 Normalisation = Literal["none", "layer"]
 Negatives = Literal["batch", "all"]
+LogQ = Literal["counts", "streaming", "none"]
 Schedule = Literal["constant", "linear", "cosine"]
 Layout = Literal["tables", "beir"]
 
@@ -123,8 +124,11 @@ class TrainingConfig(_Table):
     """The B - 1 other items of a batch, or all items: the exact softmax, for catalogues that a step can afford."""
     uniform_negatives: int = Field(default=0, ge=0)
     """Items drawn uniformly for each batch, that all its queries have as negatives too."""
-    logq: bool = True
-    """Whether negatives are corrected for how often they are drawn: those of the batch by popularity."""
+    logq: LogQ = "counts"
+    """Where the correction of negatives for how often they are drawn knows it from, for those of the batch: the
+    training interactions, or the batches so far. `none`: no negative is corrected."""
+    logq_rate: float = Field(default=0.05, gt=0, le=1)
+    """What the newest gap between two places with an item counts for in the moving average of `streaming`."""
     mask_known_positives: bool = True
     """Whether all items of a user's training interactions are no negatives of hers, and not only the row's own."""
     score_margin: float | None = Field(default=None, ge=-2, le=2)
@@ -136,10 +140,18 @@ class TrainingConfig(_Table):
     """Training ends after this many epochs without a better validation metric."""
     seed: int = Field(default=0, ge=0, lt=2**32)
 
+    @field_validator("logq", mode="before")
+    @classmethod
+    def _logq_in_words(cls, value: Any) -> Any:
+        """As a switch, which it was before there were two ways to know q, it goes on working."""
+        return {True: "counts", False: "none"}[value] if isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _negatives_once(self) -> "TrainingConfig":
-        if self.negatives == "all" and self.uniform_negatives:
-            raise ValueError('negatives = "all" has every item already; leave out uniform_negatives')
+        others = {"uniform_negatives": self.uniform_negatives > 0, 'logq = "streaming"': self.logq == "streaming"}
+        found = [name for name, is_set in others.items() if is_set]
+        if self.negatives == "all" and found:
+            raise ValueError(f'negatives = "all" has every item once already; leave out {" and ".join(found)}')
         return self
 
     @model_validator(mode="after")

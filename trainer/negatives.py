@@ -4,12 +4,15 @@ Deliberately does not know embeddings, scores or losses.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from trainer.config import TrainingConfig
+from trainer.frequency import StreamingFrequency
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,50 @@ class Candidates:
     """`[C]` log of the probability that a place of this source holds this item."""
 
 
+class Sources:
+    """Where negatives come from, and what they depend on besides the number of the step."""
+
+    def __init__(self, log_q: Tensor, options: TrainingConfig) -> None:
+        """Before the first step.
+
+        Args:
+            log_q: `[I]` log of the probability that a place of a batch holds an item, from exact counts.
+            options: Say which sources there are.
+        """
+        self._log_q = log_q
+        self._options = options
+        is_streaming = options.logq == "streaming"
+        self._frequency = StreamingFrequency(len(log_q), options.logq_rate) if is_streaming else None
+
+    def candidates(self, positives: Tensor, epoch: int, step: int) -> tuple[Candidates, Tensor]:
+        """What the queries of the next batch are scored against, and the columns `[B]` of their positives.
+
+        Args:
+            positives: `[B]` the item of each query.
+            epoch: Whole epochs done.
+            step: Steps done of this one.
+        """
+        options, num_items = self._options, len(self._log_q)
+        if options.negatives == "all":
+            return all_items(num_items), positives
+        if self._frequency is not None:
+            self._frequency.observe(positives)
+        log_q = self._log_q[positives] if self._frequency is None else self._frequency.log_q(positives)
+        sources = [Candidates(positives, log_q)]
+        if options.uniform_negatives:
+            sources.append(uniform(num_items, options.uniform_negatives, options.seed, epoch, step))
+        return joined(sources), torch.arange(len(positives))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step's negatives depend on; empty where that is the number of the step alone."""
+        return {} if self._frequency is None else self._frequency.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from the state of sources with the same options."""
+        if self._frequency is not None:
+            self._frequency.restore(state)
+
+
 def joined(sources: Sequence[Candidates]) -> Candidates:
     """The places of several sources one after the other, each with the q of its own source.
 
@@ -30,16 +77,6 @@ def joined(sources: Sequence[Candidates]) -> Candidates:
     recommendations").
     """
     return Candidates(torch.cat([source.ids for source in sources]), torch.cat([source.log_q for source in sources]))
-
-
-def of_batch(positives: Tensor, log_q: Tensor) -> Candidates:
-    """The batch's own items, drawn by popularity.
-
-    Args:
-        positives: `[B]` the item of each interaction.
-        log_q: `[I]` log of the probability that a batch place holds an item.
-    """
-    return Candidates(positives, log_q[positives])
 
 
 def uniform(num_items: int, size: int, seed: int, epoch: int, step: int) -> Candidates:

@@ -60,6 +60,8 @@ class RunState:
     """Empty before the first validation."""
     moments: Mapping[str, Mapping[str, Tensor]]
     """The optimiser's, by parameter; empty before the first step."""
+    sources: Mapping[str, Tensor]
+    """What the next step's negatives depend on."""
     random_state: Tensor
     """Of torch's generator, which dropout draws from."""
 
@@ -74,6 +76,7 @@ def save_state(path: Path, state: RunState) -> None:
     tensors |= {f"best.{name}": tensor for name, tensor in state.best_parameters.items()}
     for name, moments in state.moments.items():
         tensors |= {f"{moment}.{name}": tensor for moment, tensor in moments.items()}
+    tensors |= {f"source.{name}": tensor for name, tensor in state.sources.items()}
     tensors["random_state"] = state.random_state
     metadata = {"progress": json.dumps(asdict(state.progress)), "origin": json.dumps(state.origin, sort_keys=True)}
     _replace_file(path, save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata))
@@ -102,6 +105,7 @@ def load_state(path: Path) -> RunState:
             parameters=_below(tensors, "parameter"),
             best_parameters=_below(tensors, "best"),
             moments=moments,
+            sources=_below(tensors, "source"),
             random_state=tensors["random_state"],
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer import losses, negatives
+from trainer import losses
 from trainer.caching import Embedded
 from trainer.config import TrainingConfig
 from trainer.encode import Tensors, TrainingQueries
 from trainer.likes import Likes
 from trainer.model import TwoTowers
+from trainer.negatives import Sources
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def backward(
     items: Tensors,
     examples: TrainingExamples,
     rows: Tensor,
+    sources: Sources,
     likes: Likes,
     left_likes: Likes | None,
     options: TrainingConfig,
@@ -66,6 +68,7 @@ def backward(
         items: Features of all items, `[I, …]`.
         examples: The training interactions.
         rows: Rows of the examples' queries that make the batch of B interactions.
+        sources: Of negatives; they go on to the next batch.
         likes: What users are known to like: never a negative.
         left_likes: What they are known to like besides; counted among the negatives. None: nothing is.
         options: The loss.
@@ -74,8 +77,9 @@ def backward(
     """
     batch, askers = examples.queries.interactions(rows), examples.queries.askers(rows)
     users, positives = examples.queries.users[batch], examples.positives[batch]
-    candidates, columns = candidates_of(positives, examples.log_q, options, epoch, step)
-    log_q = candidates.log_q if options.logq else torch.zeros_like(candidates.log_q)
+    candidates, columns = sources.candidates(positives, epoch, step)
+    is_corrected = options.logq != "none"
+    log_q = candidates.log_q if is_corrected else torch.zeros_like(candidates.log_q)
     weights = None if examples.weights is None else examples.weights[batch]
     chunk_size, batch_size = options.chunk_size, len(batch)
 
@@ -130,7 +134,7 @@ def backward(
         loss = losses.shared_softmax_loss(
             queries.embeddings[part],
             scored.embeddings,
-            log_q + math.log(num_columns) if options.logq else log_q,
+            log_q + math.log(num_columns) if is_corrected else log_q,
             within,
             columns[asked],
             liked,
@@ -156,26 +160,6 @@ def backward(
     scored.backward()
     num_negatives = max(1, batch_size * (num_columns - 1))
     return StepFigures(loss, num_masked / num_negatives, num_left / num_negatives)
-
-
-def candidates_of(
-    positives: Tensor, log_q: Tensor, options: TrainingConfig, epoch: int, step: int
-) -> tuple[negatives.Candidates, Tensor]:
-    """What the queries of a batch are scored against, and the columns `[B]` of their positives.
-
-    Args:
-        positives: `[B]` the item of each query.
-        log_q: `[I]` log of the probability that a batch place holds an item.
-        options: Say which sources there are.
-        epoch: Whole epochs done.
-        step: Steps done of this one.
-    """
-    if options.negatives == "all":
-        return negatives.all_items(len(log_q)), positives
-    sources = [negatives.of_batch(positives, log_q)]
-    if options.uniform_negatives:
-        sources.append(negatives.uniform(len(log_q), options.uniform_negatives, options.seed, epoch, step))
-    return negatives.joined(sources), torch.arange(len(positives))
 
 
 def take(features: Tensors, rows: Tensor) -> Tensors:

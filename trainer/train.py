@@ -28,6 +28,7 @@ from trainer.encode import EncodedQueries, Tensors
 from trainer.evaluate import ScoreRows, embedding_scores, evaluate
 from trainer.likes import Likes
 from trainer.model import TowerNetwork, TwoTowers
+from trainer.negatives import Sources
 from trainer.questions import Questions
 from trainer.step import StepFigures, TrainingExamples, backward, take
 from trainer.text import trained_parameters
@@ -94,17 +95,26 @@ def train_towers(
         fused=True,
     )
     likes, held_out_likes = _likes(examples, validation, num_items)
+    sources = Sources(examples.log_q, options)
     progress = state.Progress()
     best: Mapping[str, Tensor] = {}
     if resumed is not None:
         progress, best = resumed.progress, resumed.best_parameters
         state.restore_parameters(trained, resumed.parameters)
         state.restore_moments(trained, optimiser, resumed.moments)
+        sources.restore(resumed.sources)
         torch.set_rng_state(resumed.random_state)
 
     def snapshot() -> state.RunState:
-        moments = state.moments_of(trained, optimiser)
-        return state.RunState(progress, origin, state.parameters_of(trained), best, moments, torch.get_rng_state())
+        return state.RunState(
+            progress,
+            origin,
+            state.parameters_of(trained),
+            best,
+            state.moments_of(trained, optimiser),
+            sources.state(),
+            torch.get_rng_state(),
+        )
 
     queries = examples.queries
     rows_per_step = queries.rows_per_step(options.batch_size)
@@ -129,6 +139,7 @@ def train_towers(
                     items,
                     examples,
                     rows,
+                    sources,
                     likes,
                     held_out_likes if step % _STEPS_PER_ESTIMATE == 0 else None,
                     options,

@@ -23,6 +23,7 @@ from benchmarks.training.data import configuration, write_log
 from trainer import losses
 from trainer.likes import Likes
 from trainer.model import TwoTowers
+from trainer.negatives import Sources
 from trainer.run import prepare
 from trainer.step import backward
 
@@ -103,12 +104,13 @@ def _taken(step: Step, folder: Path) -> dict[str, Any]:
     likes = Likes.of(users, positives, int(users.max()) + 1, len(prepared.item_counts))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    sources = Sources(prepared.examples.log_q, options)
     rows = torch.randperm(len(positives))[: step.batch_size]
     # Linux forgets the peak of what came before.
     Path("/proc/self/clear_refs").write_text("5")
     before_kb, started_s = _resident_kb("VmRSS"), time.perf_counter()
     figures = backward(
-        model, temperature, prepared.items, prepared.examples, rows, likes, None, options, epoch=0, step=0
+        model, temperature, prepared.items, prepared.examples, rows, sources, likes, None, options, epoch=0, step=0
     )
     seconds, peak_kb = time.perf_counter() - started_s, _resident_kb("VmHWM")
     return {

@@ -46,7 +46,7 @@ def refusal(path: Path) -> list[str]:
 def test_defaults_fill_in_what_is_left_out(write: Callable[[str], Path]) -> None:
     config = read_config(write(MINIMAL))
     assert config.model.dim == 8
-    assert config.training.logq
+    assert config.training.logq == "counts"
     assert config.evaluation.ks == (10,)
     assert [feature.name for feature in config.feature_schema().features] == ["user_id", "item_id"]
 
@@ -83,6 +83,12 @@ def test_bundled_configurations_differ_in_dimension_and_architecture() -> None:
         ),
         (
             "dim = 8",
+            'dim = 8\n[training]\nnegatives = "all"\nlogq = "streaming"',
+            ["[training]", 'leave out logq = "streaming"'],
+        ),
+        ("dim = 8", 'dim = 8\n[training]\nlogq = "stream"', ["[training] logq", "'counts', 'streaming' or 'none'"]),
+        (
+            "dim = 8",
             "dim = 8\n[training]\nhistory_share = 0.5\nsymmetric = true\nmask_known_positives = false",
             ["[training]", "leave out mask_known_positives = false and symmetric"],
         ),
@@ -106,6 +112,11 @@ def test_a_mistake_is_one_line_that_names_file_key_and_fix(
     [line] = refusal(path)
     for part in [f"{path}: ", *expected]:
         assert part in line
+
+
+@pytest.mark.parametrize(("switch", "meaning"), [("true", "counts"), ("false", "none")])
+def test_logq_as_a_switch_goes_on_working(write: Callable[[str], Path], switch: str, meaning: str) -> None:
+    assert read_config(write(f"{MINIMAL}[training]\nlogq = {switch}\n")).training.logq == meaning
 
 
 def test_all_mistakes_are_reported_together(write: Callable[[str], Path]) -> None:

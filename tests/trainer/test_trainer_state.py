@@ -13,6 +13,7 @@ STATE = state.RunState(
     parameters={"a.weight": torch.arange(6.0).reshape(2, 3)},
     best_parameters={"a.weight": torch.ones(2, 3)},
     moments={"a.weight": {"step": torch.tensor(7.0), "exp_avg": torch.zeros(2, 3), "exp_avg_sq": torch.ones(2, 3)}},
+    sources={"gaps": torch.arange(3.0)},
     random_state=torch.get_rng_state(),
 )
 
@@ -26,6 +27,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(loaded.random_state, STATE.random_state)
     for found, expected in (
         (loaded.parameters, STATE.parameters),
+        (loaded.sources, STATE.sources),
         (loaded.best_parameters, STATE.best_parameters),
         (loaded.moments["a.weight"], STATE.moments["a.weight"]),
     ):

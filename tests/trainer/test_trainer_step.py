@@ -16,6 +16,7 @@ from trainer.caching import Embedded
 from trainer.config import TrainerConfig
 from trainer.likes import Likes
 from trainer.model import TwoTowers
+from trainer.negatives import Sources
 from trainer.run import prepare
 from trainer.step import StepFigures, backward
 
@@ -32,9 +33,10 @@ def step(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> tuple
     examples, num_items = prepared.examples, len(prepared.item_counts)
     users = examples.queries.users
     likes = Likes.of(users, examples.positives, int(users.max()) + 1, num_items)
+    sources = Sources(examples.log_q, config.training)
     rows = torch.arange(min(num_rows, len(examples.queries)))
     figures = backward(
-        model, temperature, prepared.items, examples, rows, likes, likes, config.training, epoch=0, step=0
+        model, temperature, prepared.items, examples, rows, sources, likes, likes, config.training, epoch=0, step=0
     )
     trained = nn.ModuleDict({"towers": model, "temperature": temperature})
     return figures, {name: value.grad for name, value in trained.named_parameters() if value.grad is not None}
@@ -46,6 +48,7 @@ def step(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> tuple
         {},
         {"training__symmetric": True},
         {"training__uniform_negatives": 16},
+        {"training__logq": "streaming"},
         {"training__negatives": "all", "training__mask_known_positives": False},
         {"training__score_margin": 0.05, "training__symmetric": True},
         {"data__weight_column": "weight"},

@@ -74,6 +74,9 @@ def assert_equal(first: state.RunState, second: state.RunState) -> None:
     """Bit for bit."""
     assert first.progress == second.progress
     assert torch.equal(first.random_state, second.random_state)
+    assert first.sources.keys() == second.sources.keys()
+    for name, tensor in first.sources.items():
+        assert torch.equal(tensor, second.sources[name]), name
     for name, tensor in first.parameters.items():
         assert torch.equal(tensor, second.parameters[name]), name
         assert torch.equal(first.best_parameters[name], second.best_parameters[name]), name
@@ -205,7 +208,7 @@ def test_a_loss_that_is_not_finite_ends_training(world: Path, configure: Configu
 
 def test_logq_and_temperature_reach_the_loss(world: Path, configure: Configure, tmp_path: Path) -> None:
     first_losses = []
-    for changes in ({}, {"training__logq": False}, {"training__temperature": 0.5}):
+    for changes in ({}, {"training__logq": "none"}, {"training__temperature": 0.5}):
         output = io.StringIO()
         config = configure(training__epochs=1, **changes)
         run(config, world, tmp_path / "state", console=Console(file=output, width=200))
@@ -248,6 +251,7 @@ def lines_of(config: TrainerConfig, world: Path, state_file: Path) -> list[list[
         {"training__mask_known_positives": False},
         {"training__score_margin": 0.05},
         {"training__uniform_negatives": 16},
+        {"training__logq": "streaming", "training__uniform_negatives": 16},
         {"training__negatives": "all"},
         {"training__schedule": "linear", "training__warmup_steps": 20},
         {"training__history_share": 0.5, "history__max_length": 20},
