@@ -124,6 +124,8 @@ class TrainingConfig(_Table):
     """The B - 1 other items of a batch, or all items: the exact softmax, for catalogues that a step can afford."""
     uniform_negatives: int = Field(default=0, ge=0)
     """Items drawn uniformly for each batch, that all its queries have as negatives too."""
+    memory: int = Field(default=0, ge=0)
+    """Items of the batches before, with their embeddings as made then, that are negatives once more."""
     logq: LogQ = "counts"
     """Where the correction of negatives for how often they are drawn knows it from, for those of the batch: the
     training interactions, or the batches so far. `none`: no negative is corrected."""
@@ -148,7 +150,11 @@ class TrainingConfig(_Table):
 
     @model_validator(mode="after")
     def _negatives_once(self) -> "TrainingConfig":
-        others = {"uniform_negatives": self.uniform_negatives > 0, 'logq = "streaming"': self.logq == "streaming"}
+        others = {
+            "uniform_negatives": self.uniform_negatives > 0,
+            "memory": self.memory > 0,
+            'logq = "streaming"': self.logq == "streaming",
+        }
         found = [name for name, is_set in others.items() if is_set]
         if self.negatives == "all" and found:
             raise ValueError(f'negatives = "all" has every item once already; leave out {" and ".join(found)}')

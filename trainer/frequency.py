@@ -12,9 +12,9 @@ from torch import Tensor
 class StreamingFrequency:
     """The mean gap between two places that hold an item; one over it is the probability that a place does.
 
-    Yi et al. 2019, "Sampling-bias-corrected neural modeling for large corpus item recommendations", algorithm 2, whose A
-    are the last places and B the gaps. Here each item has a row of its own, so that no two share a counter, and time is
-    counted in places instead of batches, so that an item that each batch holds twice is told from one it holds once.
+    Yi et al. 2019, "Sampling-bias-corrected neural modeling for large corpus item recommendations", algorithm 2: its A
+    are the last places, its B the gaps. Here each item has a row of its own, so that no two share a counter, and time
+    is counted in places instead of batches, so that an item that each batch holds twice is told from one it holds once.
     """
 
     def __init__(self, num_items: int, rate: float) -> None:

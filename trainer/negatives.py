@@ -1,6 +1,6 @@
-"""The items that the queries of a batch are scored against: those of the batch, uniform draws, or all.
+"""The items that queries are scored against: those of the batch, of the batches before, uniform draws, or all.
 
-Deliberately does not know embeddings, scores or losses.
+Deliberately does not know towers, scores or losses.
 """
 
 import math
@@ -25,23 +25,46 @@ class Candidates:
     """`[C]` log of the probability that a place of this source holds this item."""
 
 
+@dataclass(frozen=True)
+class Memory:
+    """The newest M items of the batches before, with the embeddings that they had there.
+
+    Wang et al. 2020, "Cross-batch memory for embedding learning" (XBM): parameters move so slowly that those embeddings
+    are still about right, and M negatives more cost no pass of the item tower.
+    """
+
+    ids: Tensor
+    """`[M]`, the newest first."""
+    embeddings: Tensor
+    """`[M, D]`, without gradient."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def after(self, ids: Tensor, embeddings: Tensor, size: int) -> "Memory":
+        """With a batch `[B]` and its embeddings `[B, D]` besides; the oldest make room."""
+        return Memory(torch.cat([ids, self.ids])[:size], torch.cat([embeddings, self.embeddings])[:size])
+
+
 class Sources:
     """Where negatives come from, and what they depend on besides the number of the step."""
 
-    def __init__(self, log_q: Tensor, options: TrainingConfig) -> None:
+    def __init__(self, log_q: Tensor, dim: int, options: TrainingConfig) -> None:
         """Before the first step.
 
         Args:
             log_q: `[I]` log of the probability that a place of a batch holds an item, from exact counts.
+            dim: D
             options: Say which sources there are.
         """
         self._log_q = log_q
         self._options = options
         is_streaming = options.logq == "streaming"
         self._frequency = StreamingFrequency(len(log_q), options.logq_rate) if is_streaming else None
+        self._memory = Memory(torch.empty(0, dtype=torch.int64), torch.empty(0, dim))
 
     def candidates(self, positives: Tensor, epoch: int, step: int) -> tuple[Candidates, Tensor]:
-        """What the queries of the next batch are scored against, and the columns `[B]` of their positives.
+        """The places whose items the tower embeds for the next batch, and the columns `[B]` of its positives.
 
         Args:
             positives: `[B]` the item of each query.
@@ -53,20 +76,33 @@ class Sources:
             return all_items(num_items), positives
         if self._frequency is not None:
             self._frequency.observe(positives)
-        log_q = self._log_q[positives] if self._frequency is None else self._frequency.log_q(positives)
-        sources = [Candidates(positives, log_q)]
+        sources = [self._drawn_by_popularity(positives)]
         if options.uniform_negatives:
             sources.append(uniform(num_items, options.uniform_negatives, options.seed, epoch, step))
         return joined(sources), torch.arange(len(positives))
 
+    def remembered(self) -> tuple[Candidates, Tensor]:
+        """The places that need no tower, and their embeddings `[M, D]`."""
+        return self._drawn_by_popularity(self._memory.ids), self._memory.embeddings
+
+    def remember(self, positives: Tensor, embeddings: Tensor) -> None:
+        """Takes in the items of a batch `[B]` and what the tower made of them, `[B, D]`."""
+        if self._options.memory:
+            self._memory = self._memory.after(positives, embeddings, self._options.memory)
+
     def state(self) -> dict[str, Tensor]:
-        """All that the next step's negatives depend on; empty where that is the number of the step alone."""
-        return {} if self._frequency is None else self._frequency.state()
+        """All that the next step's negatives depend on besides its number."""
+        state = {"memory.ids": self._memory.ids, "memory.embeddings": self._memory.embeddings}
+        return state | ({} if self._frequency is None else self._frequency.state())
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from the state of sources with the same options."""
+        self._memory = Memory(state["memory.ids"], state["memory.embeddings"])
         if self._frequency is not None:
             self._frequency.restore(state)
+
+    def _drawn_by_popularity(self, items: Tensor) -> Candidates:
+        return Candidates(items, self._log_q[items] if self._frequency is None else self._frequency.log_q(items))
 
 
 def joined(sources: Sequence[Candidates]) -> Candidates:

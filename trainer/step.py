@@ -15,7 +15,7 @@ from trainer.config import TrainingConfig
 from trainer.encode import Tensors, TrainingQueries
 from trainer.likes import Likes
 from trainer.model import TwoTowers
-from trainer.negatives import Sources
+from trainer.negatives import Sources, joined
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def backward(
     epoch: int,
     step: int,
 ) -> StepFigures:
-    """Adds the gradients of a batch to the parameters.
+    """Adds the gradients of a batch to the parameters, after which the sources go on to the next.
 
     With `chunk_size` a chunk of rows goes through a tower at a time, and as many rows of scores are there at a time as
     have half the places of a whole batch of that size, which leaves room for the embeddings of all rows and their
@@ -68,7 +68,7 @@ def backward(
         items: Features of all items, `[I, …]`.
         examples: The training interactions.
         rows: Rows of the examples' queries that make the batch of B interactions.
-        sources: Of negatives; they go on to the next batch.
+        sources: Of negatives.
         likes: What users are known to like: never a negative.
         left_likes: What they are known to like besides; counted among the negatives. None: nothing is.
         options: The loss.
@@ -77,7 +77,9 @@ def backward(
     """
     batch, askers = examples.queries.interactions(rows), examples.queries.askers(rows)
     users, positives = examples.queries.users[batch], examples.positives[batch]
-    candidates, columns = sources.candidates(positives, epoch, step)
+    embedded, columns = sources.candidates(positives, epoch, step)
+    remembered, remembered_embeddings = sources.remembered()
+    candidates = joined([embedded, remembered])
     is_corrected = options.logq != "none"
     log_q = candidates.log_q if is_corrected else torch.zeros_like(candidates.log_q)
     weights = None if examples.weights is None else examples.weights[batch]
@@ -92,7 +94,8 @@ def backward(
     queries = Embedded(
         lambda some: model.query(examples.queries.batch(some), examples.queries.places(some)), rows, chunk_size
     )
-    scored = Embedded(lambda some: model.item(take(items, some)), candidates.ids, chunk_size)
+    scored = Embedded(lambda some: model.item(take(items, some)), embedded.ids, chunk_size)
+    item_embeddings = torch.cat([scored.embeddings, remembered_embeddings])
     num_columns = len(candidates.ids)
     part_size = batch_size if chunk_size is None else max(1, chunk_size * chunk_size // (2 * num_columns))
 
@@ -101,7 +104,7 @@ def backward(
         liked = is_liked(part, candidates.ids)
         loss = losses.softmax_loss(
             queries.embeddings[part],
-            scored.embeddings,
+            item_embeddings,
             log_q,
             columns[part],
             liked,
@@ -133,7 +136,7 @@ def backward(
         liked = likes.among(of_users, candidates.ids)
         loss = losses.shared_softmax_loss(
             queries.embeddings[part],
-            scored.embeddings,
+            item_embeddings,
             log_q + math.log(num_columns) if is_corrected else log_q,
             within,
             columns[asked],
@@ -158,6 +161,7 @@ def backward(
         num_left += left_of_part
     queries.backward()
     scored.backward()
+    sources.remember(positives, scored.embeddings[columns].detach())
     num_negatives = max(1, batch_size * (num_columns - 1))
     return StepFigures(loss, num_masked / num_negatives, num_left / num_negatives)
 

@@ -95,7 +95,7 @@ def train_towers(
         fused=True,
     )
     likes, held_out_likes = _likes(examples, validation, num_items)
-    sources = Sources(examples.log_q, options)
+    sources = Sources(examples.log_q, config.model.dim, options)
     progress = state.Progress()
     best: Mapping[str, Tensor] = {}
     if resumed is not None:

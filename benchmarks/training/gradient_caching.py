@@ -104,7 +104,7 @@ def _taken(step: Step, folder: Path) -> dict[str, Any]:
     likes = Likes.of(users, positives, int(users.max()) + 1, len(prepared.item_counts))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    sources = Sources(prepared.examples.log_q, options)
+    sources = Sources(prepared.examples.log_q, config.model.dim, options)
     rows = torch.randperm(len(positives))[: step.batch_size]
     # Linux forgets the peak of what came before.
     Path("/proc/self/clear_refs").write_text("5")

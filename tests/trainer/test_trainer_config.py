@@ -78,8 +78,8 @@ def test_bundled_configurations_differ_in_dimension_and_architecture() -> None:
         ("dim = 8", "dim = 8\n[training]\nlearning_rate = inf", ["[training] learning_rate", "finite"]),
         (
             "dim = 8",
-            'dim = 8\n[training]\nnegatives = "all"\nuniform_negatives = 5',
-            ["[training]", "leave out uniform_negatives"],
+            'dim = 8\n[training]\nnegatives = "all"\nuniform_negatives = 5\nmemory = 9',
+            ["[training]", "leave out uniform_negatives and memory"],
         ),
         (
             "dim = 8",

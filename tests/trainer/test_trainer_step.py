@@ -24,8 +24,8 @@ Configure = Callable[..., TrainerConfig]
 NUM_ROWS = 61
 
 
-def step(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> tuple[StepFigures, dict[str, Tensor]]:
-    """Figures and gradients of one step on the toy world's first rows."""
+def two_steps(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> tuple[StepFigures, dict[str, Tensor]]:
+    """Figures of the second of two steps on the toy world's first rows, and the sum of their gradients."""
     prepared = prepare(config, folder)
     torch.manual_seed(0)
     model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model).train()
@@ -33,11 +33,11 @@ def step(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> tuple
     examples, num_items = prepared.examples, len(prepared.item_counts)
     users = examples.queries.users
     likes = Likes.of(users, examples.positives, int(users.max()) + 1, num_items)
-    sources = Sources(examples.log_q, config.training)
-    rows = torch.arange(min(num_rows, len(examples.queries)))
-    figures = backward(
-        model, temperature, prepared.items, examples, rows, sources, likes, likes, config.training, epoch=0, step=0
-    )
+    sources = Sources(examples.log_q, config.model.dim, config.training)
+    for step, rows in enumerate(torch.tensor_split(torch.arange(min(num_rows, len(examples.queries))), 2)):
+        figures = backward(
+            model, temperature, prepared.items, examples, rows, sources, likes, likes, config.training, 0, step
+        )
     trained = nn.ModuleDict({"towers": model, "temperature": temperature})
     return figures, {name: value.grad for name, value in trained.named_parameters() if value.grad is not None}
 
@@ -48,11 +48,12 @@ def step(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> tuple
         {},
         {"training__symmetric": True},
         {"training__uniform_negatives": 16},
-        {"training__logq": "streaming"},
+        {"training__logq": "streaming", "training__memory": 40},
         {"training__negatives": "all", "training__mask_known_positives": False},
         {"training__score_margin": 0.05, "training__symmetric": True},
         {"data__weight_column": "weight"},
         {"training__history_share": 0.5, "history__max_length": 20, "data__weight_column": "weight"},
+        {"training__history_share": 0.5, "training__memory": 40},
         {"history__pooling": "transformer", "item_id__min_count": 1, "model__transformer_dropout": 0.0},
     ],
 )
@@ -64,8 +65,8 @@ def test_chunks_give_the_gradients_of_the_whole(
     weights = pa.array([1.0 + number % 3 for number in range(len(table))])
     pq.write_table(table.append_column("weight", weights), world / "interactions.parquet")
     changes = {"model__dropout": 0.0, **changes}
-    whole, expected = step(configure(**changes), world)
-    in_chunks, gradients = step(configure(**changes, training__chunk_size=chunk_size), world)
+    whole, expected = two_steps(configure(**changes), world)
+    in_chunks, gradients = two_steps(configure(**changes, training__chunk_size=chunk_size), world)
     assert in_chunks.loss == pytest.approx(whole.loss, rel=1e-5)
     assert (in_chunks.masked, in_chunks.left) == (whole.masked, whole.left)
     assert gradients.keys() == expected.keys()
@@ -80,9 +81,9 @@ def test_users_who_ask_for_all_of_theirs_at_once_lose_what_they_would_one_by_one
     """From the user's own features alone, so that no sample of a history stands between the two."""
     toml = configure(training__negatives="all", model__dropout=0.0, training__batch_size=480).model_dump(mode="json")
     toml["features"] = [feature for feature in toml["features"] if feature["name"] != "history"]
-    one_by_one, expected = step(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
+    one_by_one, expected = two_steps(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
     toml["training"]["history_share"] = 0.5
-    at_once, gradients = step(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
+    at_once, gradients = two_steps(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
     assert at_once.loss == pytest.approx(one_by_one.loss, rel=1e-5)
     assert (at_once.masked, at_once.left) == (one_by_one.masked, one_by_one.left)
     for name, gradient in gradients.items():

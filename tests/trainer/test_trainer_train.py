@@ -252,6 +252,8 @@ def lines_of(config: TrainerConfig, world: Path, state_file: Path) -> list[list[
         {"training__score_margin": 0.05},
         {"training__uniform_negatives": 16},
         {"training__logq": "streaming", "training__uniform_negatives": 16},
+        {"training__memory": 70},
+        {"training__memory": 70, "training__logq": "streaming"},
         {"training__negatives": "all"},
         {"training__schedule": "linear", "training__warmup_steps": 20},
         {"training__history_share": 0.5, "history__max_length": 20},
