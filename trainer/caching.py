@@ -27,15 +27,17 @@ class Embedded:
         self._embed = embed
         self._chunks = () if chunk_size is None else torch.split(rows, chunk_size)
         self._random_states: list[Tensor] = []
-        self.embeddings = self._in_chunks() if self._chunks else embed(rows)
-        """`[B, D]`"""
+        self._whole = self._in_chunks() if self._chunks else embed(rows)
+        self.embeddings = self._whole.detach().requires_grad_()
+        """`[B, D]` a leaf, which gathers the gradients of all that is made of it."""
 
     def backward(self) -> None:
         """Takes the gradients that the embeddings have by now into the tower, chunk by chunk."""
-        if not self._chunks:
-            return
         gradients, first = self.embeddings.grad, 0
         assert gradients is not None
+        if not self._chunks:
+            self._whole.backward(gradients)  # type: ignore[no-untyped-call]
+            return
         random_state = torch.get_rng_state()
         for chunk, state in zip(self._chunks, self._random_states, strict=True):
             # Dropout drops what it dropped before.
@@ -51,4 +53,4 @@ class Embedded:
             for chunk in self._chunks:
                 self._random_states.append(torch.get_rng_state())
                 parts.append(self._embed(chunk))
-        return torch.cat(parts).requires_grad_()
+        return torch.cat(parts)

@@ -126,6 +126,12 @@ class TrainingConfig(_Table):
     """Items drawn uniformly for each batch, that all its queries have as negatives too."""
     memory: int = Field(default=0, ge=0)
     """Items of the batches before, with their embeddings as made then, that are negatives once more."""
+    hard_negatives: int = Field(default=0, ge=0)
+    """Items near to each query, that it has as negatives of its own."""
+    hard_negatives_ranks: tuple[int, int] = (1, 100)
+    """The window that they are drawn from: the first and the last rank, once items known to be liked are left out."""
+    hard_negatives_every: int = Field(default=100, ge=1)
+    """Steps for which the items are searched as they were embedded at the first of them."""
     logq: LogQ = "counts"
     """Where the correction of negatives for how often they are drawn knows it from, for those of the batch: the
     training interactions, or the batches so far. `none`: no negative is corrected."""
@@ -148,11 +154,20 @@ class TrainingConfig(_Table):
         """As a switch, which it was before there were two ways to know q, it goes on working."""
         return {True: "counts", False: "none"}[value] if isinstance(value, bool) else value
 
+    @field_validator("hard_negatives_ranks")
+    @classmethod
+    def _a_window(cls, ranks: tuple[int, int], info: ValidationInfo) -> tuple[int, int]:
+        first, last = ranks
+        if first < 1 or last - first + 1 < max(1, info.data.get("hard_negatives", 0)):
+            raise ValueError("give the first and the last rank, from 1, of a window with room for hard_negatives")
+        return ranks
+
     @model_validator(mode="after")
     def _negatives_once(self) -> "TrainingConfig":
         others = {
             "uniform_negatives": self.uniform_negatives > 0,
             "memory": self.memory > 0,
+            "hard_negatives": self.hard_negatives > 0,
             'logq = "streaming"': self.logq == "streaming",
         }
         found = [name for name, is_set in others.items() if is_set]

@@ -15,8 +15,8 @@ class Likes:
 
     starts: Tensor
     """`[U + 1]` where each user's items start."""
-    items: Tensor
-    """`[N]`"""
+    pairs: Tensor
+    """`[N]` user times I plus item, rising."""
     num_items: int
     """I, of the catalogue."""
 
@@ -31,8 +31,11 @@ class Likes:
             num_items: I
         """
         pairs = torch.unique(users * num_items + items)
-        starts = torch.searchsorted(pairs, torch.arange(num_users + 1) * num_items)
-        return cls(starts, pairs % num_items, num_items)
+        return cls(torch.searchsorted(pairs, torch.arange(num_users + 1) * num_items), pairs, num_items)
+
+    def counts(self, users: Tensor) -> Tensor:
+        """`[B]` how many items each of the users `[B]` likes."""
+        return self.starts[users + 1] - self.starts[users]
 
     def among(self, users: Tensor, ids: Tensor) -> Tensor:
         """Which candidates each user is known to like.
@@ -46,13 +49,45 @@ class Likes:
         Returns:
             `[B, C]` booleans.
         """
-        different, places = torch.unique(ids, return_inverse=True)
-        column = torch.full((self.num_items,), -1).scatter_(0, different, torch.arange(len(different)))  # [I]
-        first, counts = self.starts[users], self.starts[users + 1] - self.starts[users]
+        counts = self.counts(users)
         rows = torch.repeat_interleave(torch.arange(len(users)), counts)  # [P]
         within = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]  # [P]
-        columns = column[self.items[first[rows] + within]]  # [P]
-        is_here = columns >= 0
-        is_liked = torch.zeros(len(users), len(different), dtype=torch.bool)
-        is_liked[rows[is_here], columns[is_here]] = True
-        return is_liked[:, places]  # [B, C]
+        items = self.pairs[self.starts[users][rows] + within] % self.num_items  # [P]
+        return standing(rows, items, ids, len(users), self.num_items)
+
+    def each(self, users: Tensor, ids: Tensor) -> Tensor:
+        """Which of candidates of its own each user is known to like.
+
+        Args:
+            users: `[B]`
+            ids: `[B, H]` items; -1 is nobody's.
+
+        Returns:
+            `[B, H]` booleans.
+        """
+        if not len(self.pairs):
+            return torch.zeros_like(ids, dtype=torch.bool)
+        pairs = users.unsqueeze(1) * self.num_items + ids
+        places = torch.searchsorted(self.pairs, pairs).clamp(max=len(self.pairs) - 1)
+        return (self.pairs[places] == pairs) & (ids >= 0)
+
+
+def standing(rows: Tensor, items: Tensor, ids: Tensor, num_rows: int, num_items: int) -> Tensor:
+    """Which candidates hold an item of each row.
+
+    Args:
+        rows: `[P]` the row of each pair.
+        items: `[P]` its item.
+        ids: `[C]` the item in each place.
+        num_rows: B
+        num_items: I
+
+    Returns:
+        `[B, C]` booleans.
+    """
+    different, places = torch.unique(ids, return_inverse=True)
+    columns = torch.full((num_items,), -1).scatter_(0, different, torch.arange(len(different)))[items]  # [P]
+    is_here = columns >= 0
+    found = torch.zeros(num_rows, len(different), dtype=torch.bool)
+    found[rows[is_here], columns[is_here]] = True
+    return found[:, places]  # [B, C]

@@ -4,6 +4,7 @@ Deliberately does not know towers, data, optimisers, nor where the columns come 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,22 @@ class Temperature(nn.Module):
                 self.log.clamp_(min=math.log(_LOWEST_TEMPERATURE))
 
 
+@dataclass(frozen=True)
+class OwnNegatives:
+    """H negatives of each row alone, beside the columns that all rows share."""
+
+    embeddings: Tensor
+    """`[B, H, D]` unit embeddings."""
+    log_q: Tensor
+    """`[B, H]` what is subtracted from their scores, as `log_q` is from the columns'."""
+    is_missing: Tensor
+    """`[B, H]` places that hold none."""
+
+    def scores(self, query_embeddings: Tensor) -> Tensor:
+        """`[B, H]` of their rows' queries `[B, D]`."""
+        return torch.bmm(self.embeddings, query_embeddings.unsqueeze(2)).squeeze(2)
+
+
 def softmax_loss(
     query_embeddings: Tensor,
     item_embeddings: Tensor,
@@ -47,6 +64,7 @@ def softmax_loss(
     temperature: Tensor | float,
     score_margin: float | None = None,
     weights: Tensor | None = None,
+    own: OwnNegatives | None = None,
 ) -> Tensor:
     """Softmax cross entropy of each query's positive among all candidates.
 
@@ -62,11 +80,16 @@ def softmax_loss(
         temperature: Scores are divided by it.
         score_margin: See `above_margin`; None keeps all.
         weights: `[B]` what the loss of each row is multiplied by; None for all alike.
+        own: H negatives more of each row.
 
     Returns:
         Scalar, the mean over the batch.
     """
     scores = query_embeddings @ item_embeddings.T  # [B, C]
+    if own is not None:
+        log_q = torch.cat([log_q.expand_as(scores), own.log_q], dim=1)  # [B, C + H]
+        scores = torch.cat([scores, own.scores(query_embeddings)], dim=1)
+        is_liked = torch.cat([is_liked, own.is_missing], dim=1)
     if score_margin is not None:
         is_liked = is_liked | above_margin(scores.detach(), positives, score_margin)
     corrected = logq_corrected(scaled(scores, temperature), log_q)
@@ -82,6 +105,7 @@ def shared_softmax_loss(
     is_liked: Tensor,
     temperature: Tensor | float,
     weights: Tensor | None = None,
+    own: OwnNegatives | None = None,
 ) -> Tensor:
     """Softmax cross entropy of B positives, of which several share a query and with it all negatives.
 
@@ -97,6 +121,7 @@ def shared_softmax_loss(
         is_liked: `[W, C]` columns that are no negatives of the row, all of its positives among them.
         temperature: Scores are divided by it.
         weights: `[B]` what the loss of each positive is multiplied by; None for all alike.
+        own: H negatives more of each of the W rows, the log of how often each is expected in its `log_q`.
 
     Returns:
         Scalar, the mean over the positives.
@@ -107,8 +132,11 @@ def shared_softmax_loss(
     # Minus infinity would give no gradient but NaN where all is masked.
     scores = scores.masked_fill_(is_liked, torch.finfo(scores.dtype).min)
     negatives = scores.logsumexp(dim=1)  # [W]
-    own = (scaled_queries[askers] * item_embeddings[positives]).sum(dim=1)  # [B]
-    loss = functional.softplus(negatives[askers] - own)  # [B]
+    if own is not None:
+        of_own = (own.scores(scaled_queries) - own.log_q).masked_fill(own.is_missing, torch.finfo(scores.dtype).min)
+        negatives = torch.logaddexp(negatives, of_own.logsumexp(dim=1))
+    scores_of_positives = (scaled_queries[askers] * item_embeddings[positives]).sum(dim=1)  # [B]
+    loss = functional.softplus(negatives[askers] - scores_of_positives)  # [B]
     return (loss if weights is None else loss * weights).mean()
 
 
@@ -134,12 +162,12 @@ def logq_corrected(scores: Tensor, log_q: Tensor) -> Tensor:
 
     Args:
         scores: `[B, C]`
-        log_q: `[C]` of each column's item.
+        log_q: `[C]` of each column's item, or `[B, C]` where it depends on the row.
 
     Returns:
         `[B, C]`
     """
-    return scores - log_q.unsqueeze(0)
+    return scores - log_q
 
 
 def accidental_hits(items: Tensor, ids: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""The items that queries are scored against: those of the batch, of the batches before, uniform draws, or all.
+"""The items that queries are scored against: of the batch, of those before, uniform or hard draws, or all items.
 
 Deliberately does not know towers, scores or losses.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from trainer.config import TrainingConfig
 from trainer.frequency import StreamingFrequency
+from trainer.mining import HardNegatives, ItemIndex, mine
+
+_OF_HARD_NEGATIVES = 1
+"""Behind the step in their seed: their draws have nothing to do with the uniform ones."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Sources:
         is_streaming = options.logq == "streaming"
         self._frequency = StreamingFrequency(len(log_q), options.logq_rate) if is_streaming else None
         self._memory = Memory(torch.empty(0, dtype=torch.int64), torch.empty(0, dim))
+        self._index: ItemIndex | None = None
 
     def candidates(self, positives: Tensor, epoch: int, step: int) -> tuple[Candidates, Tensor]:
         """The places whose items the tower embeds for the next batch, and the columns `[B]` of its positives.
@@ -90,14 +95,49 @@ class Sources:
         if self._options.memory:
             self._memory = self._memory.after(positives, embeddings, self._options.memory)
 
+    def is_index_due(self, num_steps: int) -> bool:
+        """Whether the items are to be indexed before the next step.
+
+        Args:
+            num_steps: Steps done, of all epochs.
+        """
+        return self._options.hard_negatives > 0 and num_steps % self._options.hard_negatives_every == 0
+
+    def index(self, embeddings: Tensor) -> None:
+        """From now on hard negatives are searched among the items as embedded now, `[I, D]`."""
+        self._index = ItemIndex(embeddings)
+
+    def hard(
+        self, queries: Tensor, num_liked: Tensor, is_liked: Callable[[Tensor], Tensor], epoch: int, step: int
+    ) -> HardNegatives | None:
+        """Those of the queries of a batch; None where no hard negatives are asked for.
+
+        Args:
+            queries: `[Q, D]`
+            num_liked: `[Q]` how many items there are that `is_liked` may say so of.
+            is_liked: Which of items `[Q, k]` are no negatives of their row.
+            epoch: Whole epochs done.
+            step: Steps done of this one.
+        """
+        if self._index is None:
+            return None
+        first, last = self._options.hard_negatives_ranks
+        random = np.random.default_rng([self._options.seed, epoch, step + 1, _OF_HARD_NEGATIVES])
+        keys = random.random((len(queries), last - first + 1), dtype=np.float32)
+        return mine(self._index, queries, num_liked, is_liked, (first, last), keys, self._options.hard_negatives)
+
     def state(self) -> dict[str, Tensor]:
         """All that the next step's negatives depend on besides its number."""
         state = {"memory.ids": self._memory.ids, "memory.embeddings": self._memory.embeddings}
+        if self._index is not None:
+            state["indexed"] = self._index.embeddings
         return state | ({} if self._frequency is None else self._frequency.state())
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from the state of sources with the same options."""
         self._memory = Memory(state["memory.ids"], state["memory.embeddings"])
+        if "indexed" in state:
+            self.index(state["indexed"])
         if self._frequency is not None:
             self._frequency.restore(state)
 

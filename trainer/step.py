@@ -77,41 +77,80 @@ def backward(
     """
     batch, askers = examples.queries.interactions(rows), examples.queries.askers(rows)
     users, positives = examples.queries.users[batch], examples.positives[batch]
-    embedded, columns = sources.candidates(positives, epoch, step)
-    remembered, remembered_embeddings = sources.remembered()
-    candidates = joined([embedded, remembered])
-    is_corrected = options.logq != "none"
-    log_q = candidates.log_q if is_corrected else torch.zeros_like(candidates.log_q)
+    asking = users if askers is None else users[torch.searchsorted(askers, torch.arange(len(rows)))]  # [Q]
     weights = None if examples.weights is None else examples.weights[batch]
     chunk_size, batch_size = options.chunk_size, len(batch)
 
     def is_liked(places: Tensor, ids: Tensor) -> Tensor:
-        """`[P, C]` which ids `[C]` are no negatives of the interactions at places `[P]` of the batch."""
+        """`[P, C]` which ids `[C]` are no negatives of the queries at places `[P]`."""
         if options.mask_known_positives:
-            return likes.among(users[places], ids)
+            return likes.among(asking[places], ids)
         return losses.accidental_hits(positives[places], ids)
+
+    def are_liked(ids: Tensor) -> Tensor:
+        """`[Q, K]` which ids `[Q, K]`, each query's own, are no negatives of it."""
+        return likes.each(asking, ids) if options.mask_known_positives else ids == positives.unsqueeze(1)
 
     queries = Embedded(
         lambda some: model.query(examples.queries.batch(some), examples.queries.places(some)), rows, chunk_size
     )
-    scored = Embedded(lambda some: model.item(take(items, some)), embedded.ids, chunk_size)
-    item_embeddings = torch.cat([scored.embeddings, remembered_embeddings])
-    num_columns = len(candidates.ids)
-    part_size = batch_size if chunk_size is None else max(1, chunk_size * chunk_size // (2 * num_columns))
+    fresh, columns = sources.candidates(positives, epoch, step)
+    scored = Embedded(lambda some: model.item(take(items, some)), fresh.ids, chunk_size)
+    remembered, remembered_embeddings = sources.remembered()
+    candidates = joined([fresh, remembered])
+    item_embeddings, num_columns = torch.cat([scored.embeddings, remembered_embeddings]), len(candidates.ids)
+    num_liked = likes.counts(asking) if options.mask_known_positives else torch.ones_like(asking)
+    hard = sources.hard(queries.embeddings.detach(), num_liked, are_liked, epoch, step)
+    mined = None if hard is None else Embedded(lambda some: model.item(take(items, some)), hard.items(), chunk_size)
+    is_corrected = options.logq != "none"
+    log_counts = candidates.log_q + math.log(num_columns) if is_corrected else torch.zeros(num_columns)
 
-    def of_interactions(part: Tensor) -> tuple[Tensor, int, int]:
-        """Loss of the interactions at some places, how many columns are masked and how many left."""
-        liked = is_liked(part, candidates.ids)
-        loss = losses.softmax_loss(
-            queries.embeddings[part],
-            item_embeddings,
-            log_q,
-            columns[part],
-            liked,
-            temperature(),
-            options.score_margin,
-            None if weights is None else weights[part],
+    def own_negatives(part: Tensor) -> losses.OwnNegatives | None:
+        """Those of the queries at some places."""
+        if hard is None or mined is None:
+            return None
+        is_missing = hard.ids[part] < 0  # [P, H]
+        log_shares = hard.log_shares()[part].unsqueeze(1).expand_as(is_missing)
+        return losses.OwnNegatives(
+            mined.embeddings.view(*hard.ids.shape, -1)[part],
+            log_shares if is_corrected else torch.zeros_like(log_shares),
+            is_missing,
         )
+
+    def of_part(part: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of what the queries at some places ask for; how many negatives are masked, are left, and there are."""
+        asked, within = part, torch.arange(len(part))
+        if askers is not None:
+            asked = ((askers >= part[0]) & (askers <= part[-1])).nonzero().squeeze(1)
+            within = askers[asked] - part[0]
+        liked, own = is_liked(part, candidates.ids), own_negatives(part)
+        # What is drawn from a window stands for all of it.
+        is_out = liked | hard.in_windows(part, candidates.ids, likes.num_items) if hard and is_corrected else liked
+        weights_of_part = None if weights is None else weights[asked]
+        if askers is None:
+            loss = losses.softmax_loss(
+                queries.embeddings[part],
+                item_embeddings,
+                log_counts,
+                columns[part],
+                is_out,
+                temperature(),
+                options.score_margin,
+                weights_of_part,
+                own,
+            )
+        else:
+            loss = losses.shared_softmax_loss(
+                queries.embeddings[part],
+                item_embeddings,
+                log_counts,
+                within,
+                columns[asked],
+                is_out,
+                temperature(),
+                weights_of_part,
+                own,
+            )
         if options.symmetric:
             # Queries have no q: how often one comes is known of its user, not of its history.
             to_queries = losses.softmax_loss(
@@ -122,48 +161,33 @@ def backward(
                 is_liked(torch.arange(batch_size), positives[part]).T,
                 temperature(),
                 options.score_margin,
-                None if weights is None else weights[part],
+                weights_of_part,
             )
             loss = (loss + to_queries) / 2
-        num_left = 0 if left_likes is None else int((left_likes.among(users[part], candidates.ids) & ~liked).sum())
-        return loss * (len(part) / batch_size), int(liked.sum()) - len(part), num_left
-
-    def of_askers(part: Tensor) -> tuple[Tensor, int, int]:
-        """The same of all interactions that the queries at some places ask for."""
-        assert askers is not None
-        asked = ((askers >= part[0]) & (askers <= part[-1])).nonzero().squeeze(1)
-        within, of_users = askers[asked] - part[0], users[torch.searchsorted(askers, part)]
-        liked = likes.among(of_users, candidates.ids)
-        loss = losses.shared_softmax_loss(
-            queries.embeddings[part],
-            item_embeddings,
-            log_q + math.log(num_columns) if is_corrected else log_q,
-            within,
-            columns[asked],
-            liked,
-            temperature(),
-            None if weights is None else weights[asked],
-        )
-        num_masked = int(liked.sum(dim=1)[within].sum()) - len(asked)
-        num_left = 0
+        num_left = torch.zeros_like(part)
+        num_negatives = torch.full_like(part, num_columns - 1)
         if left_likes is not None:
-            left = left_likes.among(of_users, candidates.ids) & ~liked
-            num_left = int(left.sum(dim=1)[within].sum())
-        return loss * (len(asked) / batch_size), num_masked, num_left
+            num_left += (left_likes.among(asking[part], candidates.ids) & ~is_out).sum(dim=1)
+        if hard is not None:
+            num_negatives += (hard.ids[part] >= 0).sum(dim=1)
+            if left_likes is not None:
+                num_left += left_likes.each(asking[part], hard.ids[part]).sum(dim=1)
+        counts = torch.stack([liked.sum(dim=1) - 1, num_left, num_negatives])
+        return loss * (len(asked) / batch_size), counts[:, within].sum(dim=1)
 
-    of_part = of_interactions if askers is None else of_askers
-    loss, num_masked, num_left = 0.0, 0, 0
+    part_size = batch_size if chunk_size is None else max(1, chunk_size * chunk_size // (2 * num_columns))
+    loss, counts = 0.0, torch.zeros(3, dtype=torch.int64)
     for part in torch.split(torch.arange(len(queries.embeddings)), part_size):
-        loss_of_part, masked_of_part, left_of_part = of_part(part)
+        loss_of_part, counts_of_part = of_part(part)
         loss_of_part.backward()  # type: ignore[no-untyped-call]
         loss += loss_of_part.item()
-        num_masked += masked_of_part
-        num_left += left_of_part
-    queries.backward()
-    scored.backward()
+        counts += counts_of_part
+    for embedded in (queries, scored, mined):
+        if embedded is not None:
+            embedded.backward()
     sources.remember(positives, scored.embeddings[columns].detach())
-    num_negatives = max(1, batch_size * (num_columns - 1))
-    return StepFigures(loss, num_masked / num_negatives, num_left / num_negatives)
+    num_masked, num_left, num_negatives = counts.tolist()
+    return StepFigures(loss, num_masked / max(1, num_negatives), num_left / max(1, num_negatives))
 
 
 def take(features: Tensors, rows: Tensor) -> Tensors:

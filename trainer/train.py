@@ -132,6 +132,9 @@ def train_towers(
                 rate_of_step = learning_rate(options, progress.epoch * num_steps + step, options.epochs * num_steps)
                 for group in optimiser.param_groups:
                     group["lr"] = rate_of_step * group["share"]
+                if sources.is_index_due(progress.epoch * num_steps + step):
+                    sources.index(embed_items(model.item, items))
+                    model.train()
                 optimiser.zero_grad()
                 figures = backward(
                     model,

@@ -83,6 +83,18 @@ def test_bundled_configurations_differ_in_dimension_and_architecture() -> None:
         ),
         (
             "dim = 8",
+            'dim = 8\n[training]\nnegatives = "all"\nhard_negatives = 1',
+            ["[training]", "leave out hard_negatives"],
+        ),
+        (
+            "dim = 8",
+            "dim = 8\n[training]\nhard_negatives = 3\nhard_negatives_ranks = [4, 5]",
+            ["[training] hard_negatives_ranks = [4, 5]", "a window with room for hard_negatives"],
+        ),
+        ("dim = 8", "dim = 8\n[training]\nhard_negatives_ranks = [0, 9]", ["hard_negatives_ranks", "from 1"]),
+        ("dim = 8", "dim = 8\n[training]\nhard_negatives_every = 0", ["hard_negatives_every = 0", "equal to 1"]),
+        (
+            "dim = 8",
             'dim = 8\n[training]\nnegatives = "all"\nlogq = "streaming"',
             ["[training]", 'leave out logq = "streaming"'],
         ),

@@ -95,8 +95,14 @@ def test_the_positive_is_never_masked(seed: int, size: int, margin: float | None
     queries, items = torch.randn(size, 3, generator=generator), torch.randn(size + 4, 3, generator=generator)
     positives = torch.randint(size + 4, (size,), generator=generator)
     everything = torch.ones(size, size + 4, dtype=torch.bool)
-    loss = losses.softmax_loss(queries, items, torch.zeros(size + 4), positives, everything, 0.1, margin)
-    assert loss.item() == 0.0
+    own = losses.OwnNegatives(
+        torch.randn(size, 2, 3, generator=generator), torch.zeros(size, 2), torch.ones(size, 2, dtype=torch.bool)
+    )
+    for negatives in (None, own):
+        loss = losses.softmax_loss(
+            queries, items, torch.zeros(size + 4), positives, everything, 0.1, margin, own=negatives
+        )
+        assert loss.item() == 0.0
 
 
 @given(
@@ -139,6 +145,47 @@ def test_positives_that_share_a_query_lose_what_each_would_lose_alone(seed: int,
         queries, items, torch.zeros(12), askers, positives, is_liked, 0.5, weights=weights
     )
     assert shared.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.integers(1, 6),
+    num_own=st.integers(1, 4),
+    margin=st.sampled_from([None, 0.3, -0.3]),
+)
+def test_negatives_of_a_row_alone_are_columns_that_no_other_row_has(
+    seed: int, size: int, num_own: int, margin: float | None
+) -> None:
+    """Also of queries that several positives share, with and without a margin, some missing."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, items = torch.randn(size, 3, generator=generator), torch.randn(5, 3, generator=generator)
+    own_embeddings = torch.randn(size, num_own, 3, generator=generator)
+    log_q, own_log_q = torch.randn(5, generator=generator), torch.randn(size, num_own, generator=generator)
+    is_missing = torch.rand(size, num_own, generator=generator) < 0.3
+    is_liked = torch.rand(size, 5, generator=generator) < 0.3
+    positives = torch.randint(5, (size,), generator=generator)
+    own = losses.OwnNegatives(own_embeddings, own_log_q, is_missing)
+    loss = losses.softmax_loss(queries, items, log_q, positives, is_liked, 0.5, margin, own=own)
+    naive = [
+        naive_loss(
+            queries[[row]].tolist(),
+            torch.cat([items, own_embeddings[row]]).tolist(),
+            torch.cat([log_q, own_log_q[row]]).tolist(),
+            positives[[row]].tolist(),
+            torch.cat([is_liked, is_missing], dim=1)[[row]].tolist(),
+            0.5,
+            margin,
+        )
+        for row in range(size)
+    ]
+    assert loss.item() == pytest.approx(sum(naive) / size, rel=1e-4, abs=1e-5)
+    if margin is None:
+        is_liked[torch.arange(size), positives] = True
+        shared = losses.shared_softmax_loss(
+            queries, items, torch.zeros(5), torch.arange(size), positives, is_liked, 0.5, own=own
+        )
+        alone = losses.softmax_loss(queries, items, torch.zeros(5), positives, is_liked, 0.5, own=own)
+        assert shared.item() == pytest.approx(alone.item(), rel=1e-4)
 
 
 def test_negatives_of_a_shared_query_count_as_often_as_they_are_expected() -> None:

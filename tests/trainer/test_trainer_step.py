@@ -1,7 +1,8 @@
 """A step in parts is the step in one piece."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ from trainer.model import TwoTowers
 from trainer.negatives import Sources
 from trainer.run import prepare
 from trainer.step import StepFigures, backward
+from trainer.train import embed_items
 
 Configure = Callable[..., TrainerConfig]
 NUM_ROWS = 61
+HARD: Mapping[str, Any] = {"training__hard_negatives": 2, "training__hard_negatives_ranks": [1, 7]}
+
+OTHER_ITEMS = {"training__uniform_negatives", "training__hard_negatives", "training__negatives"}
+"""Sources that have others than the items of batches."""
 
 
 def two_steps(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> tuple[StepFigures, dict[str, Tensor]]:
@@ -35,6 +41,9 @@ def two_steps(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> 
     likes = Likes.of(users, examples.positives, int(users.max()) + 1, num_items)
     sources = Sources(examples.log_q, config.model.dim, config.training)
     for step, rows in enumerate(torch.tensor_split(torch.arange(min(num_rows, len(examples.queries))), 2)):
+        if sources.is_index_due(step):
+            sources.index(embed_items(model.item, prepared.items))
+            model.train()
         figures = backward(
             model, temperature, prepared.items, examples, rows, sources, likes, likes, config.training, 0, step
         )
@@ -54,6 +63,10 @@ def two_steps(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> 
         {"data__weight_column": "weight"},
         {"training__history_share": 0.5, "history__max_length": 20, "data__weight_column": "weight"},
         {"training__history_share": 0.5, "training__memory": 40},
+        {"training__history_share": 0.5, **HARD},
+        {"training__mask_known_positives": False, "training__symmetric": True, **HARD},
+        {"training__score_margin": 0.05, "training__memory": 40, "training__logq": "none", **HARD},
+        {"history__pooling": "transformer", "model__transformer_dropout": 0.0, **HARD},
         {"history__pooling": "transformer", "item_id__min_count": 1, "model__transformer_dropout": 0.0},
     ],
 )
@@ -86,6 +99,44 @@ def test_users_who_ask_for_all_of_theirs_at_once_lose_what_they_would_one_by_one
     at_once, gradients = two_steps(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
     assert at_once.loss == pytest.approx(one_by_one.loss, rel=1e-5)
     assert (at_once.masked, at_once.left) == (one_by_one.masked, one_by_one.left)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name: n + text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training__uniform_negatives": 16, "training__score_margin": 0.1},
+        {"training__memory": 40, "training__logq": "streaming"},
+        {"training__mask_known_positives": False, "training__symmetric": True, **HARD},
+        {"training__history_share": 0.5, "training__memory": 40, **HARD},
+        {"training__negatives": "all"},
+        {"training__logq": "none", **HARD},
+    ],
+)
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_batches_of_one_item_only_stay_finite(
+    world: Path, configure: Configure, changes: dict[str, Any], chunk_size: int | None
+) -> None:
+    """With the batch's own places alone there is nothing to learn from them; with others it is learned."""
+    table = pq.read_table(world / "interactions.parquet")
+    same = pa.array([3] * (len(table) - 1) + [4])
+    pq.write_table(table.set_column(1, "item_id", same), world / "interactions.parquet")
+    figures, gradients = two_steps(configure(**changes, training__chunk_size=chunk_size), world, num_rows=40)
+    assert math.isfinite(figures.loss)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    is_alone = not OTHER_ITEMS & changes.keys()
+    assert (figures.masked == 1, figures.loss == 0) == (is_alone, is_alone)
+
+
+def test_windows_of_all_that_is_not_liked_give_the_softmax_over_all_items(world: Path, configure: Configure) -> None:
+    """Of 40 items a user likes 8. What of the batch is in a window counts there alone."""
+    shared = {"training__history_share": 0.5, "history__max_length": 20, "model__dropout": 0.0}
+    full, expected = two_steps(configure(**shared, training__negatives="all"), world)
+    ranks = {"training__hard_negatives": 32, "training__hard_negatives_ranks": [1, 32]}
+    hard, gradients = two_steps(configure(**shared, **ranks), world)
+    assert hard.loss == pytest.approx(full.loss, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name: n + text)
 

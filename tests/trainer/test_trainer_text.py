@@ -357,9 +357,13 @@ class Interrupting(Console):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_resumed_run_is_the_undisturbed_one(toy: Path) -> None:
+@pytest.mark.parametrize(
+    "negatives", ["", "hard_negatives = 2\nhard_negatives_ranks = [2, 9]\nhard_negatives_every = 3\nmemory = 20"]
+)
+def test_a_resumed_run_is_the_undisturbed_one(toy: Path, negatives: str) -> None:
     """Adapters, their moments and what dropout draws come back; the frozen encoder is read from its folder."""
     config = toy / "towers.toml"
+    config.write_text(CONFIG.replace("[training]", f"[training]\n{negatives}"))
     train(config, store=str(toy / "undisturbed"), resume=False, console=Console(quiet=True))
     with pytest.raises(Interrupted):
         train(config, store=str(toy / "resumed"), resume=False, console=Interrupting(quiet=True))

@@ -24,6 +24,8 @@ from trainer.step import TrainingExamples
 from trainer.train import learning_rate, train_towers
 
 Configure = Callable[..., TrainerConfig]
+HARD = {"training__hard_negatives": 2, "training__hard_negatives_ranks": [1, 7], "training__hard_negatives_every": 7}
+"""20 steps end between two of its indexes."""
 ORIGIN = {"config": {}, "file": {}}
 
 
@@ -253,6 +255,7 @@ def lines_of(config: TrainerConfig, world: Path, state_file: Path) -> list[list[
         {"training__uniform_negatives": 16},
         {"training__logq": "streaming", "training__uniform_negatives": 16},
         {"training__memory": 70},
+        {**HARD, "training__chunk_size": 20},
         {"training__memory": 70, "training__logq": "streaming"},
         {"training__negatives": "all"},
         {"training__schedule": "linear", "training__warmup_steps": 20},
@@ -292,6 +295,15 @@ def test_each_epoch_says_what_was_masked_and_what_was_left(world: Path, configur
     own_only = configure(training__epochs=1, training__negatives="all", training__mask_known_positives=False)
     [line] = lines_of(own_only, world, tmp_path / "state")
     assert figure(line, "masked") == 0
+
+
+def test_hard_negatives_are_among_what_is_said_of_them(world: Path, configure: Configure, tmp_path: Path) -> None:
+    """The other 31 places of a batch, and a window of all that 8 liked items leave of 40: it holds the one left."""
+    ranks = {"training__hard_negatives": 32, "training__hard_negatives_ranks": [1, 32]}
+    [line] = lines_of(configure(training__epochs=1, **ranks), world, tmp_path / "state")
+    assert figure(line, "left") == pytest.approx(1 / 63, abs=1e-5)
+    [plain] = lines_of(configure(training__epochs=1), world, tmp_path / "plain")
+    assert figure(line, "masked") == pytest.approx(figure(plain, "masked") * 31 / 63, abs=2e-4)
 
 
 def test_equal_weights_change_nothing_and_others_do(world: Path, configure: Configure, tmp_path: Path) -> None:

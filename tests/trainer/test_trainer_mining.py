@@ -1,0 +1,119 @@
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from towers.errors import InvalidInputError
+from trainer import losses, mining
+from trainer.likes import standing
+
+DIM = 4
+TEMPERATURE = 0.1
+
+
+def unit_vectors(num_rows: int, seed: int, dim: int = DIM) -> Tensor:
+    return functional.normalize(torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    num_items=st.integers(1, 12),
+    num_queries=st.integers(1, 5),
+    first=st.integers(1, 5),
+    length=st.integers(1, 6),
+    size=st.integers(1, 6),
+)
+def test_hard_negatives_are_drawn_from_the_ranks_that_unliked_items_have(
+    seed: int, num_items: int, num_queries: int, first: int, length: int, size: int
+) -> None:
+    """Against a loop; windows beyond the last item, queries that like everything."""
+    size = min(size, length)
+    items, queries = unit_vectors(num_items, seed), unit_vectors(num_queries, seed + 1)
+    is_liked = torch.rand(num_queries, num_items, generator=torch.Generator().manual_seed(seed)) < 0.4
+    keys = np.random.default_rng(seed).random((num_queries, length), dtype=np.float32)
+    hard = mining.mine(
+        mining.ItemIndex(items),
+        queries,
+        is_liked.sum(dim=1),
+        lambda found: is_liked.gather(1, found.clamp(min=0)),
+        (first, first + length - 1),
+        keys,
+        size,
+    )
+    assert hard.ids.shape == (num_queries, size)
+    in_windows = hard.in_windows(torch.arange(num_queries), torch.arange(num_items), num_items)
+    for row in range(num_queries):
+        order = [item for item in (items @ queries[row]).argsort(descending=True).tolist() if not is_liked[row, item]]
+        window = order[first - 1 : first - 1 + length]
+        assert [item for item in hard.windows[row].tolist() if item >= 0] == window
+        assert in_windows[row].nonzero().squeeze(1).tolist() == sorted(window)
+        drawn = [item for item in hard.ids[row].tolist() if item >= 0]
+        assert len(set(drawn)) == len(drawn) == min(size, len(window))
+        assert set(drawn) <= set(window)
+        if window:
+            assert math.exp(hard.log_shares()[row]) == pytest.approx(len(drawn) / len(window))
+        else:
+            assert hard.log_shares()[row] == 0
+
+
+def test_draws_from_a_window_are_even() -> None:
+    items, queries = unit_vectors(30, 0), unit_vectors(1, 1).expand(3000, DIM).contiguous()
+    keys = np.random.default_rng(0).random((3000, 6), dtype=np.float32)
+    none_liked = torch.zeros(3000, dtype=torch.int64)
+    index = mining.ItemIndex(items)
+    hard = mining.mine(index, queries, none_liked, lambda found: found < 0, (3, 8), keys, 2)
+    counts = torch.bincount(hard.ids.flatten())
+    assert (counts > 0).sum() == 6
+    assert counts[counts > 0].tolist() == pytest.approx([1000] * 6, rel=0.1)
+
+
+def test_large_catalogues_are_searched_in_cells_and_alike_from_equal_embeddings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    items, queries = unit_vectors(25_000, 0, 16), unit_vectors(50, 1, 16)
+    exact = mining.ItemIndex(items).nearest(queries, 20)
+    monkeypatch.setattr(mining, "_EXACT_ITEMS", 1000)
+    found = mining.ItemIndex(items).nearest(queries, 20)
+    assert torch.equal(found, mining.ItemIndex(items.clone()).nearest(queries, 20))
+    assert not torch.equal(found, exact)
+    recalls = [len(set(a) & set(b)) / 20 for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
+    assert np.mean(recalls) > 0.8
+
+
+def test_without_faiss_the_key_and_the_fix_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InvalidInputError, match=r"\[training\] hard_negatives: it needs FAISS; pip install"):
+        mining.ItemIndex(unit_vectors(3, 0))
+
+
+@pytest.mark.parametrize("share", [1.0, None])
+def test_hard_negatives_and_the_places_estimate_the_full_softmax_and_a_wrong_q_does_not(share: float | None) -> None:
+    """Places exactly as often as popularity says, every draw of the window once: nothing is left to chance."""
+    counts = (900 / torch.arange(1, 31)).long()
+    places = torch.repeat_interleave(torch.arange(30), counts)
+    query, items = unit_vectors(1, 0), unit_vectors(30, 1)
+    window = (items @ query[0]).topk(7).indices
+    in_window = standing(torch.zeros(7, dtype=torch.int64), window, places, 1, 30)
+    log_counts = losses.log_sampling_probabilities(counts)[places] + math.log(len(places))
+    positive = (~in_window[0]).nonzero()[0]
+    sums = []
+    for item in window.tolist():
+        own = losses.OwnNegatives(
+            items[item].expand(1, 1, DIM),
+            torch.full((1, 1), math.log(share or 1 / 7)),
+            torch.zeros(1, 1, dtype=torch.bool),
+        )
+        loss = losses.softmax_loss(query, items[places], log_counts, positive, in_window, TEMPERATURE, own=own)
+        own_score = items[places[positive]] @ query[0] / TEMPERATURE - log_counts[positive]
+        sums.append((loss + own_score).exp().item())
+    full = ((items @ query[0]) / TEMPERATURE).exp().sum().item()
+    if share is None:
+        assert np.mean(sums) == pytest.approx(full, rel=1e-4)
+    else:
+        assert np.mean(sums) < 0.5 * full

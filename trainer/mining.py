@@ -1,0 +1,124 @@
+"""Hard negatives: items that stand near a query and that its user is not known to like.
+
+Deliberately does not know towers, losses, nor when the index is made anew. FAISS is imported when an index is made.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from towers.errors import InvalidInputError
+from trainer.likes import standing
+
+_EXACT_ITEMS = 50_000
+"""So many items are searched one by one; more in the cells nearest to the query."""
+_CELLS_PER_ROOT = 4
+_SEARCHED_SHARE = 1 / 16
+_QUERIES_AT_ONCE = 1024
+_DEEPEST = 2048
+
+
+@dataclass(frozen=True)
+class HardNegatives:
+    """H items for each of Q queries, drawn evenly from a window of what is near to it."""
+
+    ids: Tensor
+    """`[Q, H]` those drawn; -1 where the window has fewer."""
+    windows: Tensor
+    """`[Q, W]` what they were drawn from; -1 where there is less."""
+
+    def items(self) -> Tensor:
+        """`[Q * H]` rows of the items to embed; where there is none, any."""
+        return self.ids.clamp(min=0).flatten()
+
+    def log_shares(self) -> Tensor:
+        """`[Q]` log of the share of each window that was drawn: how often each item of it is expected among them."""
+        drawn, there = (self.ids >= 0).sum(dim=1), (self.windows >= 0).sum(dim=1)
+        return torch.log(drawn.clamp(min=1) / there.clamp(min=1))
+
+    def in_windows(self, places: Tensor, ids: Tensor, num_items: int) -> Tensor:
+        """`[P, C]` which of the items `[C]` are in the windows of the queries at places `[P]`; I items there are."""
+        windows = self.windows[places]
+        rows, ranks = (windows >= 0).nonzero(as_tuple=True)
+        return standing(rows, windows[rows, ranks], ids, len(places), num_items)
+
+
+class ItemIndex:
+    """The items as they were embedded at one step; queries are searched in it as they are now."""
+
+    def __init__(self, embeddings: Tensor) -> None:
+        """Indexes them; equal embeddings give an equal index.
+
+        Args:
+            embeddings: `[I, D]` unit embeddings.
+
+        Raises:
+            InvalidInputError: FAISS is not installed.
+        """
+        try:
+            # Here, because most trainings mine nothing.
+            import faiss
+        except ImportError as error:
+            raise InvalidInputError(
+                "[training] hard_negatives: it needs FAISS; pip install 'twotower[index]', or leave it out"
+            ) from error
+        self.embeddings = embeddings
+        num_items, dim = embeddings.shape
+        num_cells = int(_CELLS_PER_ROOT * math.sqrt(num_items))
+        kind = "Flat" if num_items <= _EXACT_ITEMS else f"IVF{num_cells},Flat"
+        self._index = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
+        vectors = embeddings.numpy()
+        self._index.train(vectors)
+        self._index.add(vectors)
+        if num_items > _EXACT_ITEMS:
+            self._index.nprobe = math.ceil(num_cells * _SEARCHED_SHARE)
+
+    def nearest(self, queries: Tensor, k: int) -> Tensor:
+        """The k items nearest to each query, best first.
+
+        Args:
+            queries: `[Q, D]`
+            k: At least 1.
+
+        Returns:
+            `[Q, k]`, -1 where fewer were found.
+        """
+        k = min(k, self._index.ntotal)
+        found = [self._index.search(part.numpy(), k)[1] for part in torch.split(queries, _QUERIES_AT_ONCE)]
+        return torch.from_numpy(np.concatenate(found))
+
+
+def mine(
+    index: ItemIndex,
+    queries: Tensor,
+    num_liked: Tensor,
+    is_liked: Callable[[Tensor], Tensor],
+    ranks: tuple[int, int],
+    keys: NDArray[np.float32],
+    size: int,
+) -> HardNegatives:
+    """Draws hard negatives from a window of the ranks that the items have once those known to be liked are left out.
+
+    Args:
+        index: Of the items.
+        queries: `[Q, D]`
+        num_liked: `[Q]` how many items there are that `is_liked` may say so of.
+        is_liked: Which of items `[Q, k]` are no negatives of their row.
+        ranks: The first and the last of the W ranks of the window, from 1.
+        keys: `[Q, W]` random numbers; those whose are lowest are drawn.
+        size: H, at most W.
+    """
+    first, last = ranks
+    found = index.nearest(queries, min(last + int(num_liked.max()), max(last, _DEEPEST)))  # [Q, k]
+    is_there = (found >= 0) & ~is_liked(found)
+    rank = is_there.cumsum(dim=1)
+    rows, columns = (is_there & (rank >= first) & (rank <= last)).nonzero(as_tuple=True)
+    windows = torch.full((len(queries), last - first + 1), -1)
+    windows[rows, rank[rows, columns] - first] = found[rows, columns]
+    order = torch.from_numpy(keys).masked_fill(windows < 0, torch.inf).topk(size, largest=False).indices  # [Q, H]
+    return HardNegatives(windows.gather(1, order), windows)
