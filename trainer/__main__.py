@@ -1,4 +1,5 @@
-"""`python -m trainer CONFIG --store STORE`: training without the rest of the command line.
+"""`python -m trainer CONFIG --store STORE`: training without the rest of the command line, in one process or, started
+by torchrun, in several.
 
 Deliberately does not know how training works.
 """
@@ -28,7 +29,9 @@ def main() -> int:
         "--force", metavar="REASON", help="publish although gates refuse; the manifest keeps who and why"
     )
     arguments = parser.parse_args()
-    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    # On each machine the processes read the same files and stumble over the same mistakes: one of them says so.
+    is_quiet = os.environ.get("LOCAL_RANK", "0") != "0"
+    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, quiet=is_quiet)
     try:
         return _train(arguments, errors)
     except KeyboardInterrupt:
@@ -40,17 +43,20 @@ def _train(arguments: argparse.Namespace, errors: Console) -> int:
     # Read when torch is imported: threads that spin while they wait starve themselves on busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Here, because torch takes seconds to import, and Ctrl-C must find somebody to catch it.
+    from trainer.ranks import joined
     from trainer.run import Interrupted, train
 
     try:
-        train(
-            arguments.config,
-            store=arguments.store,
-            resume=arguments.resume,
-            console=Console(),
-            data_folder=arguments.data,
-            force=arguments.force,
-        )
+        with joined() as ranks:
+            train(
+                arguments.config,
+                store=arguments.store,
+                resume=arguments.resume,
+                console=Console(quiet=not ranks.is_first),
+                data_folder=arguments.data,
+                force=arguments.force,
+                ranks=ranks,
+            )
     except InvalidInputError as error:
         errors.print(str(error))
         return 2
@@ -64,4 +70,10 @@ def _train(arguments: argparse.Namespace, errors: Console) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "WORLD_SIZE" in os.environ:
+        # Threads of gloo's that are still there when the interpreter ends abort the process now and then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from towers.errors import InvalidInputError
@@ -99,7 +98,7 @@ def mine(
     num_liked: Tensor,
     is_liked: Callable[[Tensor], Tensor],
     ranks: tuple[int, int],
-    keys: NDArray[np.float32],
+    keys: Tensor,
     size: int,
 ) -> HardNegatives:
     """Draws hard negatives from a window of the ranks that the items have once those known to be liked are left out.
@@ -120,5 +119,5 @@ def mine(
     rows, columns = (is_there & (rank >= first) & (rank <= last)).nonzero(as_tuple=True)
     windows = torch.full((len(queries), last - first + 1), -1)
     windows[rows, rank[rows, columns] - first] = found[rows, columns]
-    order = torch.from_numpy(keys).masked_fill(windows < 0, torch.inf).topk(size, largest=False).indices  # [Q, H]
+    order = keys.masked_fill(windows < 0, torch.inf).topk(size, largest=False).indices  # [Q, H]
     return HardNegatives(windows.gather(1, order), windows)

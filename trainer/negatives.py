@@ -108,23 +108,31 @@ class Sources:
         self._index = ItemIndex(embeddings)
 
     def hard(
-        self, queries: Tensor, num_liked: Tensor, is_liked: Callable[[Tensor], Tensor], epoch: int, step: int
+        self,
+        queries: Tensor,
+        places: Tensor,
+        num_liked: Tensor,
+        is_liked: Callable[[Tensor], Tensor],
+        epoch: int,
+        step: int,
     ) -> HardNegatives | None:
-        """Those of the queries of a batch; None where no hard negatives are asked for.
+        """Those of some queries of a batch; None where no hard negatives are asked for, or no query is.
 
         Args:
-            queries: `[Q, D]`
-            num_liked: `[Q]` how many items there are that `is_liked` may say so of.
-            is_liked: Which of items `[Q, k]` are no negatives of their row.
+            queries: `[Q, D]` of the whole batch.
+            places: `[P]` which of them.
+            num_liked: `[P]` how many items there are that `is_liked` may say so of.
+            is_liked: Which of items `[P, k]` are no negatives of their row.
             epoch: Whole epochs done.
             step: Steps done of this one.
         """
-        if self._index is None:
+        if self._index is None or not len(places):
             return None
         first, last = self._options.hard_negatives_ranks
         random = np.random.default_rng([self._options.seed, epoch, step + 1, _OF_HARD_NEGATIVES])
-        keys = random.random((len(queries), last - first + 1), dtype=np.float32)
-        return mine(self._index, queries, num_liked, is_liked, (first, last), keys, self._options.hard_negatives)
+        keys = torch.from_numpy(random.random((len(queries), last - first + 1), dtype=np.float32))
+        size = self._options.hard_negatives
+        return mine(self._index, queries[places], num_liked, is_liked, (first, last), keys[places], size)
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step's negatives depend on besides its number."""

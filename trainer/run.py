@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from trainer.fit import FittedSchema, fit_schema
 from trainer.model import TwoTowers
 from trainer.published import open_published
 from trainer.questions import ask
+from trainer.ranks import ALONE, Ranks
 from trainer.slices import Slice, all_slices
 from trainer.step import TrainingExamples
 from trainer.text import encoder_files
@@ -107,7 +108,8 @@ def train(
     console: Console,
     data_folder: Path | None = None,
     force: str | None = None,
-) -> TrainingReport:
+    ranks: Ranks = ALONE,
+) -> TrainingReport | None:
     """Trains both towers as a configuration says and publishes them as a checkpoint.
 
     Args:
@@ -118,6 +120,10 @@ def train(
         console: Gets progress and results.
         data_folder: Where the data files are; instead of `[data] folder`.
         force: Why to publish although gates refuse; the manifest keeps it. None: they decide.
+        ranks: The processes that train together, each with these arguments and the same files; the first publishes.
+
+    Returns:
+        What the run became; None in all processes but the first.
 
     Raises:
         InvalidInputError: the configuration or the data; a line for each mistake names file, column or key, and fix.
@@ -136,7 +142,8 @@ def train(
     checkpoints = CheckpointStore(objects)
     # An unreachable store is better known before the training than after it.
     checkpoints.versions()
-    with state.alone_in(run_folder), _interruptible(state_file, resume), torch.random.fork_rng(devices=[]):
+    held = state.alone_in(run_folder) if ranks.is_first else nullcontext()
+    with held, _interruptible(state_file, resume), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         files = data.data_files(config.data, folder) | encoder_files(config.feature_schema())
         origin = _origin(config, data.digest_files(files))
@@ -163,7 +170,10 @@ def train(
             state_file,
             console,
             resumed,
+            ranks,
         )
+        if not ranks.is_first:
+            return None
         gates.check_finite(model)
         embeddings: dict[Owner, Tensor] = {
             "query": embed_queries(model.query, prepared.test.queries),

@@ -62,8 +62,6 @@ class RunState:
     """The optimiser's, by parameter; empty before the first step."""
     sources: Mapping[str, Tensor]
     """What the next step's negatives depend on."""
-    random_state: Tensor
-    """Of torch's generator, which dropout draws from."""
 
 
 def save_state(path: Path, state: RunState) -> None:
@@ -77,7 +75,6 @@ def save_state(path: Path, state: RunState) -> None:
     for name, moments in state.moments.items():
         tensors |= {f"{moment}.{name}": tensor for moment, tensor in moments.items()}
     tensors |= {f"source.{name}": tensor for name, tensor in state.sources.items()}
-    tensors["random_state"] = state.random_state
     metadata = {"progress": json.dumps(asdict(state.progress)), "origin": json.dumps(state.origin, sort_keys=True)}
     _replace_file(path, save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata))
 
@@ -106,7 +103,6 @@ def load_state(path: Path) -> RunState:
             best_parameters=_below(tensors, "best"),
             moments=moments,
             sources=_below(tensors, "source"),
-            random_state=tensors["random_state"],
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptArtefactError(

@@ -14,8 +14,10 @@ from trainer.caching import Embedded
 from trainer.config import TrainingConfig
 from trainer.encode import Tensors, TrainingQueries
 from trainer.likes import Likes
+from trainer.mining import HardNegatives
 from trainer.model import TwoTowers
 from trainer.negatives import Sources, joined
+from trainer.ranks import ALONE, Everywhere, Ranks
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,58 @@ class StepFigures:
     """Share that was not, although the user is known to like the item; 0 where that was not asked."""
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The B interactions of a batch, of all processes, and the Q queries that ask for them."""
+
+    users: Tensor
+    """`[Q]` of each query."""
+    askers: Tensor | None
+    """`[B]` the query of each interaction; None where each has its own."""
+    positives: Tensor
+    """`[B]` its item."""
+    weights: Tensor | None
+    """`[B]` what its loss is multiplied by; None where all count alike."""
+    likes: Likes
+    mask_known_positives: bool
+
+    @classmethod
+    def of(cls, examples: TrainingExamples, rows: Tensor, likes: Likes, options: TrainingConfig) -> "_Asked":
+        batch, askers = examples.queries.interactions(rows), examples.queries.askers(rows)
+        users = examples.queries.users[batch]  # [B]
+        return cls(
+            users if askers is None else users[torch.searchsorted(askers, torch.arange(len(rows)))],
+            askers,
+            examples.positives[batch],
+            None if examples.weights is None else examples.weights[batch],
+            likes,
+            options.mask_known_positives,
+        )
+
+    def by(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """The interactions `[b]` that queries at successive places `[P]` ask for, and which of the P asks for each."""
+        if self.askers is None:
+            return part, torch.arange(len(part))
+        asked = ((self.askers >= part[0]) & (self.askers <= part[-1])).nonzero().squeeze(1)
+        return asked, self.askers[asked] - part[0]
+
+    def are_liked(self, places: Tensor, ids: Tensor) -> Tensor:
+        """`[P, C]` which of the items `[C]` are no negatives of the queries at places `[P]`."""
+        if self.mask_known_positives:
+            return self.likes.among(self.users[places], ids)
+        return losses.accidental_hits(self.positives[places], ids)
+
+    def each_liked(self, places: Tensor, ids: Tensor) -> Tensor:
+        """`[P, K]` which of the items `[P, K]` are no negatives of their row's query."""
+        if self.mask_known_positives:
+            return self.likes.each(self.users[places], ids)
+        return ids == self.positives[places].unsqueeze(1)
+
+    def num_liked(self, places: Tensor) -> Tensor:
+        """`[P]` of how many items that may be said."""
+        return self.likes.counts(self.users[places]) if self.mask_known_positives else torch.ones_like(places)
+
+
 def backward(
     model: TwoTowers,
     temperature: losses.Temperature,
@@ -55,79 +109,74 @@ def backward(
     options: TrainingConfig,
     epoch: int,
     step: int,
+    ranks: Ranks = ALONE,
 ) -> StepFigures:
-    """Adds the gradients of a batch to the parameters, after which the sources go on to the next.
+    """Gives the parameters, which have none, the gradients of a batch, after which the sources go on to the next.
 
     With `chunk_size` a chunk of rows goes through a tower at a time, and as many rows of scores are there at a time as
     have half the places of a whole batch of that size, which leaves room for the embeddings of all rows and their
     gradients. The gradients of the parameters are the same; each tower runs twice.
+
+    Several processes embed a part of the queries and items each, and score their part of the queries against all
+    items: the sum of their losses is the loss of the batch, and all end with its gradients.
 
     Args:
         model: Both towers.
         temperature: Of the softmax.
         items: Features of all items, `[I, …]`.
         examples: The training interactions.
-        rows: Rows of the examples' queries that make the batch of B interactions.
+        rows: Rows of the examples' queries that make the batch of B interactions, of all processes.
         sources: Of negatives.
         likes: What users are known to like: never a negative.
         left_likes: What they are known to like besides; counted among the negatives. None: nothing is.
         options: The loss.
         epoch: Whole epochs done.
         step: Steps done of this one.
+        ranks: The processes that train together.
     """
-    batch, askers = examples.queries.interactions(rows), examples.queries.askers(rows)
-    users, positives = examples.queries.users[batch], examples.positives[batch]
-    asking = users if askers is None else users[torch.searchsorted(askers, torch.arange(len(rows)))]  # [Q]
-    weights = None if examples.weights is None else examples.weights[batch]
-    chunk_size, batch_size = options.chunk_size, len(batch)
+    asked, chunk_size = _Asked.of(examples, rows, likes, options), options.chunk_size
+    num_queries, batch_size = len(asked.users), len(asked.positives)
 
-    def is_liked(places: Tensor, ids: Tensor) -> Tensor:
-        """`[P, C]` which ids `[C]` are no negatives of the queries at places `[P]`."""
-        if options.mask_known_positives:
-            return likes.among(asking[places], ids)
-        return losses.accidental_hits(positives[places], ids)
+    def embed_items(some: Tensor) -> Tensor:
+        return model.item(take(items, some))  # type: ignore[no-any-return]
 
-    def are_liked(ids: Tensor) -> Tensor:
-        """`[Q, K]` which ids `[Q, K]`, each query's own, are no negatives of it."""
-        return likes.each(asking, ids) if options.mask_known_positives else ids == positives.unsqueeze(1)
+    def embed_queries(some: Tensor) -> Tensor:
+        return model.query(examples.queries.batch(some), examples.queries.places(some))  # type: ignore[no-any-return]
 
-    queries = Embedded(
-        lambda some: model.query(examples.queries.batch(some), examples.queries.places(some)), rows, chunk_size
-    )
-    fresh, columns = sources.candidates(positives, epoch, step)
-    scored = Embedded(lambda some: model.item(take(items, some)), fresh.ids, chunk_size)
+    def count_queries(some: Tensor) -> int:
+        return len(some) if asked.askers is not None else len(examples.queries.interactions(some))
+
+    queries = Everywhere(embed_queries, rows, count_queries, chunk_size, ranks)
+    fresh, columns = sources.candidates(asked.positives, epoch, step)
+    scored = Everywhere(embed_items, fresh.ids, len, chunk_size, ranks)
     remembered, remembered_embeddings = sources.remembered()
     candidates = joined([fresh, remembered])
     item_embeddings, num_columns = torch.cat([scored.embeddings, remembered_embeddings]), len(candidates.ids)
-    num_liked = likes.counts(asking) if options.mask_known_positives else torch.ones_like(asking)
-    hard = sources.hard(queries.embeddings.detach(), num_liked, are_liked, epoch, step)
-    mined = None if hard is None else Embedded(lambda some: model.item(take(items, some)), hard.items(), chunk_size)
     is_corrected = options.logq != "none"
     log_counts = candidates.log_q + math.log(num_columns) if is_corrected else torch.zeros(num_columns)
-
-    def own_negatives(part: Tensor) -> losses.OwnNegatives | None:
-        """Those of the queries at some places."""
-        if hard is None or mined is None:
-            return None
-        is_missing = hard.ids[part] < 0  # [P, H]
-        log_shares = hard.log_shares()[part].unsqueeze(1).expand_as(is_missing)
-        return losses.OwnNegatives(
-            mined.embeddings.view(*hard.ids.shape, -1)[part],
-            log_shares if is_corrected else torch.zeros_like(log_shares),
-            is_missing,
-        )
+    first = int(queries.own[0]) if len(queries.own) else 0
+    hard = sources.hard(
+        queries.embeddings.detach(),
+        queries.own,
+        asked.num_liked(queries.own),
+        lambda ids: asked.each_liked(queries.own, ids),
+        epoch,
+        step,
+    )
+    mined = None if hard is None else Embedded(embed_items, hard.items(), chunk_size)
 
     def of_part(part: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of what the queries at some places ask for; how many negatives are masked, are left, and there are."""
-        asked, within = part, torch.arange(len(part))
-        if askers is not None:
-            asked = ((askers >= part[0]) & (askers <= part[-1])).nonzero().squeeze(1)
-            within = askers[asked] - part[0]
-        liked, own = is_liked(part, candidates.ids), own_negatives(part)
-        # What is drawn from a window stands for all of it.
-        is_out = liked | hard.in_windows(part, candidates.ids, likes.num_items) if hard and is_corrected else liked
-        weights_of_part = None if weights is None else weights[asked]
-        if askers is None:
+        interactions, within = asked.by(part)
+        weights = None if asked.weights is None else asked.weights[interactions]
+        liked = asked.are_liked(part, candidates.ids)  # [P, C]
+        is_out, own = liked, None
+        if hard is not None and mined is not None:
+            own = _own_negatives(hard, mined.embeddings, part - first, is_corrected)
+            if is_corrected:
+                # What is drawn from a window stands for all of it.
+                is_out = liked | hard.in_windows(part - first, candidates.ids, likes.num_items)
+        if asked.askers is None:
             loss = losses.softmax_loss(
                 queries.embeddings[part],
                 item_embeddings,
@@ -136,7 +185,7 @@ def backward(
                 is_out,
                 temperature(),
                 options.score_margin,
-                weights_of_part,
+                weights,
                 own,
             )
         else:
@@ -145,10 +194,10 @@ def backward(
                 item_embeddings,
                 log_counts,
                 within,
-                columns[asked],
+                columns[interactions],
                 is_out,
                 temperature(),
-                weights_of_part,
+                weights,
                 own,
             )
         if options.symmetric:
@@ -156,38 +205,58 @@ def backward(
             to_queries = losses.softmax_loss(
                 scored.embeddings[columns[part]],
                 queries.embeddings,
-                torch.zeros(batch_size),
+                torch.zeros(num_queries),
                 part,
-                is_liked(torch.arange(batch_size), positives[part]).T,
+                asked.are_liked(torch.arange(num_queries), asked.positives[part]).T,
                 temperature(),
                 options.score_margin,
-                weights_of_part,
+                weights,
             )
             loss = (loss + to_queries) / 2
-        num_left = torch.zeros_like(part)
         num_negatives = torch.full_like(part, num_columns - 1)
+        num_left = torch.zeros_like(part)
         if left_likes is not None:
-            num_left += (left_likes.among(asking[part], candidates.ids) & ~is_out).sum(dim=1)
+            num_left += (left_likes.among(asked.users[part], candidates.ids) & ~is_out).sum(dim=1)
         if hard is not None:
-            num_negatives += (hard.ids[part] >= 0).sum(dim=1)
+            drawn = hard.ids[part - first]
+            num_negatives += (drawn >= 0).sum(dim=1)
             if left_likes is not None:
-                num_left += left_likes.each(asking[part], hard.ids[part]).sum(dim=1)
-        counts = torch.stack([liked.sum(dim=1) - 1, num_left, num_negatives])
-        return loss * (len(asked) / batch_size), counts[:, within].sum(dim=1)
+                num_left += left_likes.each(asked.users[part], drawn).sum(dim=1)
+        counts = torch.stack([liked.sum(dim=1) - 1, num_left, num_negatives])[:, within].sum(dim=1)
+        return loss * (len(interactions) / batch_size), counts
 
     part_size = batch_size if chunk_size is None else max(1, chunk_size * chunk_size // (2 * num_columns))
-    loss, counts = 0.0, torch.zeros(3, dtype=torch.int64)
-    for part in torch.split(torch.arange(len(queries.embeddings)), part_size):
-        loss_of_part, counts_of_part = of_part(part)
-        loss_of_part.backward()  # type: ignore[no-untyped-call]
-        loss += loss_of_part.item()
-        counts += counts_of_part
-    for embedded in (queries, scored, mined):
-        if embedded is not None:
-            embedded.backward()
-    sources.remember(positives, scored.embeddings[columns].detach())
-    num_masked, num_left, num_negatives = counts.tolist()
-    return StepFigures(loss, num_masked / max(1, num_negatives), num_left / max(1, num_negatives))
+    figures = torch.zeros(4, dtype=torch.float64)
+    for part in torch.split(queries.own, part_size) if len(queries.own) else ():
+        loss, counts = of_part(part)
+        loss.backward()  # type: ignore[no-untyped-call]
+        figures += torch.cat([loss.detach().unsqueeze(0), counts])
+    queries.backward()
+    scored.backward()
+    if mined is not None:
+        mined.backward()
+    ranks.sum_gradients([*model.parameters(), *temperature.parameters()])
+    sources.remember(asked.positives, scored.embeddings[columns].detach())
+    loss_of_all, num_masked, num_left, num_negatives = ranks.summed(figures).tolist()
+    return StepFigures(loss_of_all, num_masked / max(1, num_negatives), num_left / max(1, num_negatives))
+
+
+def _own_negatives(hard: HardNegatives, embeddings: Tensor, places: Tensor, is_corrected: bool) -> losses.OwnNegatives:
+    """The hard negatives of the queries at some places.
+
+    Args:
+        hard: H of each of Q queries.
+        embeddings: `[Q * H, D]` of the items that `hard` says.
+        places: `[P]`
+        is_corrected: Whether each stands for as many of its window as were not drawn.
+    """
+    is_missing = hard.ids[places] < 0  # [P, H]
+    log_shares = hard.log_shares()[places].unsqueeze(1).expand_as(is_missing)
+    return losses.OwnNegatives(
+        embeddings.view(*hard.ids.shape, -1)[places],
+        log_shares if is_corrected else torch.zeros_like(log_shares),
+        is_missing,
+    )
 
 
 def take(features: Tensors, rows: Tensor) -> Tensors:

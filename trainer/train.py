@@ -30,12 +30,16 @@ from trainer.likes import Likes
 from trainer.model import TowerNetwork, TwoTowers
 from trainer.negatives import Sources
 from trainer.questions import Questions
+from trainer.ranks import ALONE, Ranks
 from trainer.step import StepFigures, TrainingExamples, backward, take
 from trainer.text import trained_parameters
 
 _ROWS_AT_ONCE = 1024
 _STEPS_PER_ESTIMATE = 16
 """Of so many steps one looks for false negatives that are left."""
+
+_OF_DROPOUT = 2
+"""Behind the step in the seed of what it draws; negatives have other numbers there."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,13 @@ def train_towers(
     state_file: Path,
     console: Console,
     resumed: state.RunState | None = None,
+    ranks: Ranks = ALONE,
 ) -> state.RunState:
     """Trains until the last epoch or until validation stops getting better; without validation to the last.
 
     The state is saved at the start, after each epoch, and on Ctrl-C after the current step; a run that is resumed
-    from it takes exactly the steps that it would have taken undisturbed.
+    from it takes exactly the steps that it would have taken undisturbed. Of several processes each takes its part of
+    every batch, and the first validates, saves and says how it goes; in all of them Ctrl-C in one ends the same step.
 
     Args:
         model: Both towers; ends with the parameters of the best epoch.
@@ -72,6 +78,7 @@ def train_towers(
         state_file: Where the state is saved.
         console: Progress: a live bar on a terminal, and one line per epoch anywhere.
         resumed: The state to go on from.
+        ranks: The processes that train together.
 
     Returns:
         The finished state.
@@ -103,7 +110,6 @@ def train_towers(
         state.restore_parameters(trained, resumed.parameters)
         state.restore_moments(trained, optimiser, resumed.moments)
         sources.restore(resumed.sources)
-        torch.set_rng_state(resumed.random_state)
 
     def snapshot() -> state.RunState:
         return state.RunState(
@@ -113,13 +119,18 @@ def train_towers(
             best,
             state.moments_of(trained, optimiser),
             sources.state(),
-            torch.get_rng_state(),
         )
+
+    def save() -> None:
+        if ranks.is_first:
+            state.save_state(state_file, snapshot())
+        # Another's end is everybody's: none may end before the state is there.
+        ranks.wait()
 
     queries = examples.queries
     rows_per_step = queries.rows_per_step(options.batch_size)
     num_steps = math.ceil(len(queries) / rows_per_step)
-    state.save_state(state_file, snapshot())
+    save()
     with _interrupt_noted() as is_interrupted, _bar(console, config.evaluation.metric) as bar:
         task = bar.add_task("", total=num_steps, loss=math.nan, best=progress.best_metric, rate=0.0)
         while not progress.is_finished:
@@ -132,8 +143,9 @@ def train_towers(
                 rate_of_step = learning_rate(options, progress.epoch * num_steps + step, options.epochs * num_steps)
                 for group in optimiser.param_groups:
                     group["lr"] = rate_of_step * group["share"]
+                torch.manual_seed(_seed_of_dropout(options.seed, progress.epoch, step, ranks.rank))
                 if sources.is_index_due(progress.epoch * num_steps + step):
-                    sources.index(embed_items(model.item, items))
+                    sources.index(_embed_items_together(model.item, items, ranks))
                     model.train()
                 optimiser.zero_grad()
                 figures = backward(
@@ -148,24 +160,26 @@ def train_towers(
                     options,
                     progress.epoch,
                     step,
+                    ranks,
                 )
                 optimiser.step()
                 temperature.keep_in_range()
                 progress = _after_step(progress, figures)
                 rate = (step + 1 - first_step) * options.batch_size / (time.monotonic() - start_s)
                 bar.update(task, advance=1, loss=progress.loss_sum / progress.step, rate=rate)
-                if is_interrupted():
-                    state.save_state(state_file, snapshot())
+                if ranks.is_any(is_interrupted()):
+                    save()
                     raise KeyboardInterrupt
 
-            metric = validate(model, items, validation, config).get(config.evaluation.metric)
+            metrics = validate(model, items, validation, config) if ranks.is_first else {}
+            metric = ranks.first_says(metrics.get(config.evaluation.metric))
             mean_loss, mean_masked = progress.loss_sum / num_steps, progress.masked_sum / num_steps
             mean_left = progress.left_sum / math.ceil(num_steps / _STEPS_PER_ESTIMATE)
             progress = _after_epoch(progress, metric, options.epochs, options.patience)
             is_best = progress.best_epoch == progress.epoch
             if is_best:
                 best = {name: value.detach().clone() for name, value in state.parameters_of(trained).items()}
-            state.save_state(state_file, snapshot())
+            save()
             bar.update(task, best=progress.best_metric)
             console.print(
                 f"epoch {progress.epoch:>3}  loss {mean_loss:.4f}  "
@@ -222,6 +236,13 @@ def _embed(tower: TowerNetwork, batch: Callable[[Tensor], Tensors], num_rows: in
         return torch.cat([tower(batch(rows)) for rows in torch.split(torch.arange(num_rows), _ROWS_AT_ONCE)])
 
 
+def _embed_items_together(tower: TowerNetwork, items: Tensors, ranks: Ranks) -> Tensor:
+    """Embeddings `[I, D]` of all items, without dropout, of which each process makes its part."""
+    rows = torch.arange(len(next(iter(items.values()))))
+    sizes = [len(share) for share in torch.tensor_split(rows, ranks.size)]
+    return ranks.gathered(embed_items(tower, take(items, ranks.share(rows))), sizes)
+
+
 def _after_step(progress: state.Progress, figures: StepFigures) -> state.Progress:
     if not math.isfinite(figures.loss):
         raise InvalidInputError(
@@ -268,6 +289,12 @@ def _likes(examples: TrainingExamples, validation: HeldOut, num_items: int) -> t
         Likes.of(users, examples.positives, num_users, num_items),
         Likes.of(held_out_users, targets, num_users, num_items),
     )
+
+
+def _seed_of_dropout(seed: int, epoch: int, step: int, rank: int) -> int:
+    """Of what a step draws of torch's generator: nothing to restore for a resumed run, and no two processes alike."""
+    sequence = np.random.SeedSequence([seed, epoch, step + 1, _OF_DROPOUT, rank])
+    return int(sequence.generate_state(1)[0])
 
 
 def _permutation(seed: int, epoch: int, num_rows: int) -> Tensor:

@@ -36,7 +36,7 @@ def test_hard_negatives_are_drawn_from_the_ranks_that_unliked_items_have(
     size = min(size, length)
     items, queries = unit_vectors(num_items, seed), unit_vectors(num_queries, seed + 1)
     is_liked = torch.rand(num_queries, num_items, generator=torch.Generator().manual_seed(seed)) < 0.4
-    keys = np.random.default_rng(seed).random((num_queries, length), dtype=np.float32)
+    keys = torch.rand(num_queries, length, generator=torch.Generator().manual_seed(seed))
     hard = mining.mine(
         mining.ItemIndex(items),
         queries,
@@ -64,7 +64,7 @@ def test_hard_negatives_are_drawn_from_the_ranks_that_unliked_items_have(
 
 def test_draws_from_a_window_are_even() -> None:
     items, queries = unit_vectors(30, 0), unit_vectors(1, 1).expand(3000, DIM).contiguous()
-    keys = np.random.default_rng(0).random((3000, 6), dtype=np.float32)
+    keys = torch.rand(3000, 6, generator=torch.Generator().manual_seed(0))
     none_liked = torch.zeros(3000, dtype=torch.int64)
     index = mining.ItemIndex(items)
     hard = mining.mine(index, queries, none_liked, lambda found: found < 0, (3, 8), keys, 2)

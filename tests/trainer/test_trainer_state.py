@@ -14,7 +14,6 @@ STATE = state.RunState(
     best_parameters={"a.weight": torch.ones(2, 3)},
     moments={"a.weight": {"step": torch.tensor(7.0), "exp_avg": torch.zeros(2, 3), "exp_avg_sq": torch.ones(2, 3)}},
     sources={"gaps": torch.arange(3.0)},
-    random_state=torch.get_rng_state(),
 )
 
 
@@ -24,7 +23,6 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     loaded = state.load_state(path)
     assert loaded.progress == STATE.progress
     assert loaded.origin == STATE.origin
-    assert torch.equal(loaded.random_state, STATE.random_state)
     for found, expected in (
         (loaded.parameters, STATE.parameters),
         (loaded.sources, STATE.sources),

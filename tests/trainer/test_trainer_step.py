@@ -11,16 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
+from two_steps import two_steps
 
-from trainer import losses
 from trainer.caching import Embedded
 from trainer.config import TrainerConfig
-from trainer.likes import Likes
-from trainer.model import TwoTowers
-from trainer.negatives import Sources
-from trainer.run import prepare
-from trainer.step import StepFigures, backward
-from trainer.train import embed_items
 
 Configure = Callable[..., TrainerConfig]
 NUM_ROWS = 61
@@ -28,27 +22,6 @@ HARD: Mapping[str, Any] = {"training__hard_negatives": 2, "training__hard_negati
 
 OTHER_ITEMS = {"training__uniform_negatives", "training__hard_negatives", "training__negatives"}
 """Sources that have others than the items of batches."""
-
-
-def two_steps(config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS) -> tuple[StepFigures, dict[str, Tensor]]:
-    """Figures of the second of two steps on the toy world's first rows, and the sum of their gradients."""
-    prepared = prepare(config, folder)
-    torch.manual_seed(0)
-    model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model).train()
-    temperature = losses.Temperature(0.1, is_learned=True)
-    examples, num_items = prepared.examples, len(prepared.item_counts)
-    users = examples.queries.users
-    likes = Likes.of(users, examples.positives, int(users.max()) + 1, num_items)
-    sources = Sources(examples.log_q, config.model.dim, config.training)
-    for step, rows in enumerate(torch.tensor_split(torch.arange(min(num_rows, len(examples.queries))), 2)):
-        if sources.is_index_due(step):
-            sources.index(embed_items(model.item, prepared.items))
-            model.train()
-        figures = backward(
-            model, temperature, prepared.items, examples, rows, sources, likes, likes, config.training, 0, step
-        )
-    trained = nn.ModuleDict({"towers": model, "temperature": temperature})
-    return figures, {name: value.grad for name, value in trained.named_parameters() if value.grad is not None}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,132 @@
+"""Processes that train together make what one makes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_steps
+from child_process import tied
+from safetensors.torch import load_file
+
+from trainer import state
+from trainer.config import TrainerConfig
+
+Configure = Callable[..., TrainerConfig]
+HARD: Mapping[str, Any] = {"training__hard_negatives": 2, "training__hard_negatives_ranks": [1, 7]}
+CASES: list[tuple[dict[str, Any], int]] = [
+    ({}, 61),
+    ({"training__symmetric": True, "training__chunk_size": 7, **HARD}, 61),
+    ({"training__memory": 40, "training__logq": "streaming", "training__uniform_negatives": 15}, 61),
+    ({"training__negatives": "all", "training__score_margin": 0.05}, 61),
+    ({"history__pooling": "transformer", "model__transformer_dropout": 0.0, **HARD}, 61),
+    ({"training__history_share": 0.5, **HARD}, 61),
+    # The second step has one row for two processes.
+    ({"training__memory": 40, **HARD}, 3),
+]
+
+
+def torchrun(world: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Two processes."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    return subprocess.Popen(
+        tied(sys.executable, *launcher, *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=world,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+    )
+
+
+def train(world: Path, *arguments: str) -> subprocess.Popen[str]:
+    return torchrun(world, "-m", "trainer", str(world / "toy.toml"), "--store", str(world / "store"), *arguments)
+
+
+def without_dropout(config: TrainerConfig) -> TrainerConfig:
+    """Nor with the sample of a history: what chance drops is other in each process."""
+    toml = config.model_dump(mode="json")
+    toml["model"]["dropout"] = 0.0
+    if toml["training"]["history_share"] is not None:
+        toml["features"] = [feature for feature in toml["features"] if feature["name"] != "history"]
+    return TrainerConfig.model_validate_json(json.dumps(toml))
+
+
+def test_two_processes_give_the_gradients_of_one(world: Path, configure: Configure) -> None:
+    cases = [(without_dropout(configure(**changes)), num_rows) for changes, num_rows in CASES]
+    (world / "cases.json").write_text(json.dumps([(config.model_dump(mode="json"), rows) for config, rows in cases]))
+    process = torchrun(world, two_steps.__file__, str(world), str(world / "cases.json"))
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    for number, (config, num_rows) in enumerate(cases):
+        figures, expected = two_steps.two_steps(config, world, num_rows)
+        for rank in range(2):
+            found = json.loads((world / f"{number}.{rank}.json").read_text())
+            assert found["loss"] == pytest.approx(figures.loss, rel=1e-5), CASES[number]
+            assert (found["masked"], found["left"]) == (figures.masked, figures.left), CASES[number]
+            gradients = load_file(world / f"{number}.{rank}.safetensors")
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(
+                    gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name, c=number: f"{c} {n} {text}"
+                )
+
+
+def test_two_processes_train_and_publish_what_one_does(world: Path) -> None:
+    """With all that a source has to remember; Ctrl-C on the way, which comes to torchrun, changes nothing."""
+    sources = "memory = 70\nlogq = 'streaming'\nhard_negatives = 2\nhard_negatives_ranks = [1, 7]"
+    content = (world / "toy.toml").read_text().replace("dropout = 0.1", "dropout = 0.0")
+    (world / "toy.toml").write_text(content.replace("epochs = 4", f"epochs = 4\nhard_negatives_every = 7\n{sources}"))
+    alone = subprocess.run(
+        [sys.executable, "-m", "trainer", str(world / "toy.toml"), "--store", str(world / "other")],
+        capture_output=True,
+        text=True,
+        cwd=world,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+        timeout=100,
+        check=True,
+    )
+    expected = state.load_state(world / "run" / state.STATE_FILE)
+
+    process = train(world)
+    assert process.stdout is not None
+    before = []
+    for line in process.stdout:
+        before.append(line)
+        if line.startswith("epoch   2"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "epoch   4" not in rest
+    assert errors.count("Interrupted. The run is saved in ") == 1
+
+    process = train(world, "--resume")
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert output.count("Published checkpoint 1") == 1
+
+    found = state.load_state(world / "run" / state.STATE_FILE)
+    assert found.progress.best_metric == expected.progress.best_metric
+    for name, value in expected.parameters.items():
+        torch.testing.assert_close(found.parameters[name], value, atol=1e-5, rtol=1e-4)
+    assert figures_of([*before, *rest.splitlines(), *output.splitlines()]) == figures_of(alone.stdout.splitlines())
+
+
+def figures_of(lines: list[str]) -> list[str]:
+    """The lines of the epochs, without their times."""
+    return [line.rsplit("left", 1)[0] for line in lines if line.startswith("epoch")]
+
+
+def test_a_mistake_is_said_once(world: Path) -> None:
+    process = train(world, "--data", str(world / "nowhere"))
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert output == ""
+    assert errors.count(f"{world / 'nowhere'}") == 1
