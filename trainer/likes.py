@@ -33,10 +33,6 @@ class Likes:
         pairs = torch.unique(users * num_items + items)
         return cls(torch.searchsorted(pairs, torch.arange(num_users + 1) * num_items), pairs, num_items)
 
-    def counts(self, users: Tensor) -> Tensor:
-        """`[B]` how many items each of the users `[B]` likes."""
-        return self.starts[users + 1] - self.starts[users]
-
     def among(self, users: Tensor, ids: Tensor) -> Tensor:
         """Which candidates each user is known to like.
 
@@ -49,7 +45,7 @@ class Likes:
         Returns:
             `[B, C]` booleans.
         """
-        counts = self.counts(users)
+        counts = self.starts[users + 1] - self.starts[users]
         rows = torch.repeat_interleave(torch.arange(len(users)), counts)  # [P]
         within = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]  # [P]
         items = self.pairs[self.starts[users][rows] + within] % self.num_items  # [P]

@@ -65,6 +65,7 @@ def softmax_loss(
     score_margin: float | None = None,
     weights: Tensor | None = None,
     own: OwnNegatives | None = None,
+    push: float = 1.0,
 ) -> Tensor:
     """Softmax cross entropy of each query's positive among all candidates.
 
@@ -81,11 +82,15 @@ def softmax_loss(
         score_margin: See `above_margin`; None keeps all.
         weights: `[B]` what the loss of each row is multiplied by; None for all alike.
         own: H negatives more of each row.
+        push: See `pushed`; the positive pulls as ever.
 
     Returns:
         Scalar, the mean over the batch.
     """
-    scores = query_embeddings @ item_embeddings.T  # [B, C]
+    scores = query_embeddings @ pushed(item_embeddings, push).T  # [B, C]
+    if push != 1.0:
+        of_positives = (query_embeddings * item_embeddings[positives]).sum(dim=1, keepdim=True)
+        scores = scores.scatter(1, positives.unsqueeze(1), of_positives)
     if own is not None:
         log_q = torch.cat([log_q.expand_as(scores), own.log_q], dim=1)  # [B, C + H]
         scores = torch.cat([scores, own.scores(query_embeddings)], dim=1)
@@ -106,6 +111,7 @@ def shared_softmax_loss(
     temperature: Tensor | float,
     weights: Tensor | None = None,
     own: OwnNegatives | None = None,
+    push: float = 1.0,
 ) -> Tensor:
     """Softmax cross entropy of B positives, of which several share a query and with it all negatives.
 
@@ -122,13 +128,14 @@ def shared_softmax_loss(
         temperature: Scores are divided by it.
         weights: `[B]` what the loss of each positive is multiplied by; None for all alike.
         own: H negatives more of each of the W rows, the log of how often each is expected in its `log_q`.
+        push: See `pushed`; the positives pull as ever.
 
     Returns:
         Scalar, the mean over the positives.
     """
     scaled_queries = scaled(query_embeddings, temperature)
     # One product with the correction in it, masked where it lies: other copies of it would cost as much as the product.
-    scores = torch.addmm(-log_counts, scaled_queries, item_embeddings.T)  # [W, C]
+    scores = torch.addmm(-log_counts, scaled_queries, pushed(item_embeddings, push).T)  # [W, C]
     # Minus infinity would give no gradient but NaN where all is masked.
     scores = scores.masked_fill_(is_liked, torch.finfo(scores.dtype).min)
     negatives = scores.logsumexp(dim=1)  # [W]
@@ -138,6 +145,27 @@ def shared_softmax_loss(
     scores_of_positives = (scaled_queries[askers] * item_embeddings[positives]).sum(dim=1)  # [B]
     loss = functional.softplus(negatives[askers] - scores_of_positives)  # [B]
     return (loss if weights is None else loss * weights).mean()
+
+
+def pushed(item_embeddings: Tensor, push: float) -> Tensor:
+    """The same embeddings, whose gradients are multiplied.
+
+    Remembered places are drawn as others are, but their embeddings take no gradient: queries are pushed away by all
+    places, items by those that the tower embeds now, which each have a smaller part of the softmax the more is
+    remembered, while positives pull their items in full. Unbalanced so, items gather where the queries are (Kim et al.
+    2024, "A gradient accumulation method for dense retriever under memory constraint"). Multiplied by the number of all
+    places to that of those embedded now, the push is again an estimate of what all places would give.
+
+    Args:
+        item_embeddings: `[C, D]`
+        push: What gradients are multiplied by.
+
+    Returns:
+        `[C, D]`
+    """
+    if push == 1.0:
+        return item_embeddings
+    return item_embeddings.detach() + push * (item_embeddings - item_embeddings.detach())
 
 
 def scaled(scores: Tensor, temperature: Tensor | float) -> Tensor:

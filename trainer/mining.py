@@ -19,7 +19,6 @@ _EXACT_ITEMS = 50_000
 _CELLS_PER_ROOT = 4
 _SEARCHED_SHARE = 1 / 16
 _QUERIES_AT_ONCE = 1024
-_DEEPEST = 2048
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,7 @@ class ItemIndex:
 def mine(
     index: ItemIndex,
     queries: Tensor,
-    num_liked: Tensor,
-    is_liked: Callable[[Tensor], Tensor],
+    is_liked: Callable[[Tensor, Tensor], Tensor],
     ranks: tuple[int, int],
     keys: Tensor,
     size: int,
@@ -106,18 +104,22 @@ def mine(
     Args:
         index: Of the items.
         queries: `[Q, D]`
-        num_liked: `[Q]` how many items there are that `is_liked` may say so of.
-        is_liked: Which of items `[Q, k]` are no negatives of their row.
+        is_liked: Of queries at places `[P]`, which of items `[P, k]` are no negatives of their row's.
         ranks: The first and the last of the W ranks of the window, from 1.
         keys: `[Q, W]` random numbers; those whose are lowest are drawn.
         size: H, at most W.
     """
     first, last = ranks
-    found = index.nearest(queries, min(last + int(num_liked.max()), max(last, _DEEPEST)))  # [Q, k]
-    is_there = (found >= 0) & ~is_liked(found)
-    rank = is_there.cumsum(dim=1)
-    rows, columns = (is_there & (rank >= first) & (rank <= last)).nonzero(as_tuple=True)
     windows = torch.full((len(queries), last - first + 1), -1)
-    windows[rows, rank[rows, columns] - first] = found[rows, columns]
+    places, depth = torch.arange(len(queries)), 2 * last
+    # What is liked is mostly near; queries whose window it leaves short, and only those, are searched deeper.
+    while len(places):
+        found = index.nearest(queries[places], depth)  # [P, k]
+        is_there = (found >= 0) & ~is_liked(places, found)
+        rank = is_there.cumsum(dim=1)
+        rows, columns = (is_there & (rank >= first) & (rank <= last)).nonzero(as_tuple=True)
+        windows[places[rows], rank[rows, columns] - first] = found[rows, columns]
+        is_all = (found[:, -1] < 0) | (found.shape[1] < depth)
+        places, depth = places[(rank[:, -1] < last) & ~is_all], 2 * depth
     order = keys.masked_fill(windows < 0, torch.inf).topk(size, largest=False).indices  # [Q, H]
     return HardNegatives(windows.gather(1, order), windows)

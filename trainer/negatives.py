@@ -111,8 +111,7 @@ class Sources:
         self,
         queries: Tensor,
         places: Tensor,
-        num_liked: Tensor,
-        is_liked: Callable[[Tensor], Tensor],
+        is_liked: Callable[[Tensor, Tensor], Tensor],
         epoch: int,
         step: int,
     ) -> HardNegatives | None:
@@ -121,8 +120,7 @@ class Sources:
         Args:
             queries: `[Q, D]` of the whole batch.
             places: `[P]` which of them.
-            num_liked: `[P]` how many items there are that `is_liked` may say so of.
-            is_liked: Which of items `[P, k]` are no negatives of their row.
+            is_liked: Of queries at places `[p]`, which of items `[p, k]` are no negatives of their row's.
             epoch: Whole epochs done.
             step: Steps done of this one.
         """
@@ -131,8 +129,14 @@ class Sources:
         first, last = self._options.hard_negatives_ranks
         random = np.random.default_rng([self._options.seed, epoch, step + 1, _OF_HARD_NEGATIVES])
         keys = torch.from_numpy(random.random((len(queries), last - first + 1), dtype=np.float32))
-        size = self._options.hard_negatives
-        return mine(self._index, queries[places], num_liked, is_liked, (first, last), keys[places], size)
+        return mine(
+            self._index,
+            queries[places],
+            lambda some, items: is_liked(places[some], items),
+            (first, last),
+            keys[places],
+            self._options.hard_negatives,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step's negatives depend on besides its number."""

@@ -92,10 +92,6 @@ class _Asked:
             return self.likes.each(self.users[places], ids)
         return ids == self.positives[places].unsqueeze(1)
 
-    def num_liked(self, places: Tensor) -> Tensor:
-        """`[P]` of how many items that may be said."""
-        return self.likes.counts(self.users[places]) if self.mask_known_positives else torch.ones_like(places)
-
 
 def backward(
     model: TwoTowers,
@@ -152,17 +148,11 @@ def backward(
     remembered, remembered_embeddings = sources.remembered()
     candidates = joined([fresh, remembered])
     item_embeddings, num_columns = torch.cat([scored.embeddings, remembered_embeddings]), len(candidates.ids)
+    push = num_columns / len(fresh.ids)
     is_corrected = options.logq != "none"
     log_counts = candidates.log_q + math.log(num_columns) if is_corrected else torch.zeros(num_columns)
     first = int(queries.own[0]) if len(queries.own) else 0
-    hard = sources.hard(
-        queries.embeddings.detach(),
-        queries.own,
-        asked.num_liked(queries.own),
-        lambda ids: asked.each_liked(queries.own, ids),
-        epoch,
-        step,
-    )
+    hard = sources.hard(queries.embeddings.detach(), queries.own, asked.each_liked, epoch, step)
     mined = None if hard is None else Embedded(embed_items, hard.items(), chunk_size)
 
     def of_part(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,6 +177,7 @@ def backward(
                 options.score_margin,
                 weights,
                 own,
+                push,
             )
         else:
             loss = losses.shared_softmax_loss(
@@ -199,6 +190,7 @@ def backward(
                 temperature(),
                 weights,
                 own,
+                push,
             )
         if options.symmetric:
             # Queries have no q: how often one comes is known of its user, not of its history.

@@ -188,6 +188,32 @@ def test_negatives_of_a_row_alone_are_columns_that_no_other_row_has(
         assert shared.item() == pytest.approx(alone.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_items_are_pushed_for_remembered_places_too(is_shared: bool) -> None:
+    """What is remembered are the places of the batch once more, so that it is known what they would have given."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(6, 3, generator=generator)
+    items = torch.randn(6, 3, generator=generator, requires_grad=True)
+    places, log_q = torch.arange(6), torch.randn(6, generator=generator).repeat(2)
+    is_liked = (torch.rand(6, 6, generator=generator) < 0.2).fill_diagonal_(True).repeat(1, 2)
+
+    def loss_and_gradient(remembered: Tensor, push: float) -> tuple[float, Tensor]:
+        columns = torch.cat([items, remembered])
+        if is_shared:
+            loss = losses.shared_softmax_loss(queries, columns, log_q, places, places, is_liked, 0.5, push=push)
+        else:
+            loss = losses.softmax_loss(queries, columns, log_q, places, is_liked, 0.5, push=push)
+        return loss.item(), torch.autograd.grad(loss, items)[0]
+
+    full, expected = loss_and_gradient(items, 1.0)
+    balanced, gradient = loss_and_gradient(items.detach(), 2.0)
+    assert balanced == pytest.approx(full, rel=1e-6)
+    torch.testing.assert_close(gradient, expected)
+    unbalanced, gradient = loss_and_gradient(items.detach(), 1.0)
+    assert unbalanced == pytest.approx(full, rel=1e-6)
+    assert (gradient - expected).abs().max() > 0.01
+
+
 def test_negatives_of_a_shared_query_count_as_often_as_they_are_expected() -> None:
     """A negative that the places hold twice on average counts half in each; the positive is there once."""
     queries, items = torch.eye(2)[:1], torch.tensor([[0.5, 0.0], [0.2, 0.0], [0.2, 0.0]])
