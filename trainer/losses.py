@@ -74,7 +74,8 @@ def softmax_loss(
     Args:
         query_embeddings: `[B, D]` unit embeddings; row i is the query of interaction i.
         item_embeddings: `[C, D]` unit embeddings of the candidates; row `positives[i]` is the item of interaction i.
-        log_q: `[C]` log of the probability that a place holds its item; all alike, it changes nothing.
+        log_q: `[C]` log of the probability that a place holds its item, or `[B, C]` where that depends on the row;
+            all alike, it changes nothing.
         positives: `[B]` the column of each row's positive.
         is_liked: `[B, C]` columns that are no negatives of the row, wherever they come from. Its positive may be
             among them, and stays.
@@ -121,7 +122,8 @@ def shared_softmax_loss(
     Args:
         query_embeddings: `[W, D]` unit embeddings.
         item_embeddings: `[C, D]` unit embeddings of the candidates.
-        log_counts: `[C]` log of how often all places are expected to hold this place's item; zeros for no correction.
+        log_counts: `[C]` log of how often all places are expected to hold this place's item, or `[W, C]` where that
+            depends on the query; zeros for no correction.
         askers: `[B]` the query of each positive.
         positives: `[B]` the column of each positive.
         is_liked: `[W, C]` columns that are no negatives of the row, all of its positives among them.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from towers.errors import InvalidInputError
 from trainer.likes import standing
@@ -23,7 +24,13 @@ _QUERIES_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class HardNegatives:
-    """H items for each of Q queries, drawn evenly from a window of what is near to it."""
+    """H items for each of Q queries, drawn evenly from a window of what is near to it.
+
+    An item of the window may stand in a place that all queries share too. Divided by how often it is expected in both,
+    what is drawn and what stands elsewhere estimate the sum over all items together, neither with a large weight where
+    the other is frequent (Veach and Guibas 1995, "Optimally combining sampling techniques for Monte Carlo rendering",
+    the balance heuristic).
+    """
 
     ids: Tensor
     """`[Q, H]` those drawn; -1 where the window has fewer."""
@@ -39,11 +46,32 @@ class HardNegatives:
         drawn, there = (self.ids >= 0).sum(dim=1), (self.windows >= 0).sum(dim=1)
         return torch.log(drawn.clamp(min=1) / there.clamp(min=1))
 
-    def in_windows(self, places: Tensor, ids: Tensor, num_items: int) -> Tensor:
-        """`[P, C]` which of the items `[C]` are in the windows of the queries at places `[P]`; I items there are."""
+    def log_counts(self, places: Tensor, log_elsewhere: Tensor) -> Tensor:
+        """`[P, H]` log of how often what was drawn for the queries at places `[P]` is expected, here and elsewhere.
+
+        Args:
+            places: `[P]`
+            log_elsewhere: `[P, H]` log of how often those items are expected in all places that queries share.
+        """
+        return torch.logaddexp(self.log_shares()[places].unsqueeze(1), log_elsewhere)
+
+    def log_counts_elsewhere(
+        self, places: Tensor, ids: Tensor, log_counts: Tensor, log_elsewhere: Tensor, num_items: int
+    ) -> Tensor:
+        """`[P, C]` the same of places that queries share, for those at places `[P]`: more where it is in the window.
+
+        Args:
+            places: `[P]`
+            ids: `[C]` the items there.
+            log_counts: `[C]` what is subtracted from their scores where nothing is drawn besides.
+            log_elsewhere: `[C]` log of how often those items are expected in all places that queries share.
+            num_items: I
+        """
         windows = self.windows[places]
         rows, ranks = (windows >= 0).nonzero(as_tuple=True)
-        return standing(rows, windows[rows, ranks], ids, len(places), num_items)
+        in_window = standing(rows, windows[rows, ranks], ids, len(places), num_items)  # [P, C]
+        more = functional.softplus(self.log_shares()[places].unsqueeze(1) - log_elsewhere)  # [P, C]
+        return torch.where(in_window, log_counts + more, log_counts)
 
 
 class ItemIndex:

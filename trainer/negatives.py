@@ -86,6 +86,14 @@ class Sources:
             sources.append(uniform(num_items, options.uniform_negatives, options.seed, epoch, step))
         return joined(sources), torch.arange(len(positives))
 
+    def log_expected(self, items: Tensor, num_places: int) -> Tensor:
+        """`[…]` log of how often items `[…]` are expected in so many places that all queries share."""
+        options, num_items = self._options, len(self._log_q)
+        popular = self._drawn_by_popularity(items).log_q + math.log(num_places - options.uniform_negatives)
+        if not options.uniform_negatives:
+            return popular
+        return torch.logaddexp(popular, torch.tensor(math.log(options.uniform_negatives / num_items)))
+
     def remembered(self) -> tuple[Candidates, Tensor]:
         """The places that need no tower, and their embeddings `[M, D]`."""
         return self._drawn_by_popularity(self._memory.ids), self._memory.embeddings

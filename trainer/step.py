@@ -14,7 +14,6 @@ from trainer.caching import Embedded
 from trainer.config import TrainingConfig
 from trainer.encode import Tensors, TrainingQueries
 from trainer.likes import Likes
-from trainer.mining import HardNegatives
 from trainer.model import TwoTowers
 from trainer.negatives import Sources, joined
 from trainer.ranks import ALONE, Everywhere, Ranks
@@ -160,19 +159,25 @@ def backward(
         interactions, within = asked.by(part)
         weights = None if asked.weights is None else asked.weights[interactions]
         liked = asked.are_liked(part, candidates.ids)  # [P, C]
-        is_out, own = liked, None
+        log_counts_of_part, own = log_counts, None
         if hard is not None and mined is not None:
-            own = _own_negatives(hard, mined.embeddings, part - first, is_corrected)
+            within_own = part - first
+            ids = hard.ids[within_own]
+            log_own_counts = torch.zeros(ids.shape)
             if is_corrected:
-                # What is drawn from a window stands for all of it.
-                is_out = liked | hard.in_windows(part - first, candidates.ids, likes.num_items)
+                elsewhere = sources.log_expected(candidates.ids, num_columns)
+                log_own_counts = hard.log_counts(within_own, sources.log_expected(ids.clamp(min=0), num_columns))
+                log_counts_of_part = hard.log_counts_elsewhere(
+                    within_own, candidates.ids, log_counts, elsewhere, likes.num_items
+                )
+            own = losses.OwnNegatives(mined.embeddings.view(*hard.ids.shape, -1)[within_own], log_own_counts, ids < 0)
         if asked.askers is None:
             loss = losses.softmax_loss(
                 queries.embeddings[part],
                 item_embeddings,
-                log_counts,
+                log_counts_of_part,
                 columns[part],
-                is_out,
+                liked,
                 temperature(),
                 options.score_margin,
                 weights,
@@ -183,10 +188,10 @@ def backward(
             loss = losses.shared_softmax_loss(
                 queries.embeddings[part],
                 item_embeddings,
-                log_counts,
+                log_counts_of_part,
                 within,
                 columns[interactions],
-                is_out,
+                liked,
                 temperature(),
                 weights,
                 own,
@@ -208,7 +213,7 @@ def backward(
         num_negatives = torch.full_like(part, num_columns - 1)
         num_left = torch.zeros_like(part)
         if left_likes is not None:
-            num_left += (left_likes.among(asked.users[part], candidates.ids) & ~is_out).sum(dim=1)
+            num_left += (left_likes.among(asked.users[part], candidates.ids) & ~liked).sum(dim=1)
         if hard is not None:
             drawn = hard.ids[part - first]
             num_negatives += (drawn >= 0).sum(dim=1)
@@ -231,24 +236,6 @@ def backward(
     sources.remember(asked.positives, scored.embeddings[columns].detach())
     loss_of_all, num_masked, num_left, num_negatives = ranks.summed(figures).tolist()
     return StepFigures(loss_of_all, num_masked / max(1, num_negatives), num_left / max(1, num_negatives))
-
-
-def _own_negatives(hard: HardNegatives, embeddings: Tensor, places: Tensor, is_corrected: bool) -> losses.OwnNegatives:
-    """The hard negatives of the queries at some places.
-
-    Args:
-        hard: H of each of Q queries.
-        embeddings: `[Q * H, D]` of the items that `hard` says.
-        places: `[P]`
-        is_corrected: Whether each stands for as many of its window as were not drawn.
-    """
-    is_missing = hard.ids[places] < 0  # [P, H]
-    log_shares = hard.log_shares()[places].unsqueeze(1).expand_as(is_missing)
-    return losses.OwnNegatives(
-        embeddings.view(*hard.ids.shape, -1)[places],
-        log_shares if is_corrected else torch.zeros_like(log_shares),
-        is_missing,
-    )
 
 
 def take(features: Tensors, rows: Tensor) -> Tensors:

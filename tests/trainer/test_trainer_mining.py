@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from towers.errors import InvalidInputError
-from trainer import losses, mining
-from trainer.likes import standing
+from trainer import losses, mining, negatives
+from trainer.config import TrainingConfig
 
 DIM = 4
 TEMPERATURE = 0.1
@@ -47,7 +47,8 @@ def test_hard_negatives_are_drawn_from_the_ranks_that_unliked_items_have(
         size,
     )
     assert hard.ids.shape == (num_queries, size)
-    in_windows = hard.in_windows(torch.arange(num_queries), torch.arange(num_items), num_items)
+    every, zeros = torch.arange(num_queries), torch.zeros(num_items)
+    in_windows = hard.log_counts_elsewhere(every, torch.arange(num_items), zeros, zeros, num_items) > 0
     for row in range(num_queries):
         order = [item for item in (items @ queries[row]).argsort(descending=True).tolist() if not is_liked[row, item]]
         window = order[first - 1 : first - 1 + length]
@@ -91,28 +92,31 @@ def test_without_faiss_the_key_and_the_fix_are_named(monkeypatch: pytest.MonkeyP
         mining.ItemIndex(unit_vectors(3, 0))
 
 
-@pytest.mark.parametrize("share", [1.0, None])
-def test_hard_negatives_and_the_places_estimate_the_full_softmax_and_a_wrong_q_does_not(share: float | None) -> None:
-    """Places exactly as often as popularity says, every draw of the window once: nothing is left to chance."""
+@pytest.mark.parametrize("num_uniform", [0, 60])
+def test_hard_negatives_and_the_places_estimate_the_full_softmax_and_a_wrong_q_does_not(num_uniform: int) -> None:
+    """Places exactly as often as their sources say, every draw of the window once: nothing is left to chance."""
     counts = (900 / torch.arange(1, 31)).long()
-    places = torch.repeat_interleave(torch.arange(30), counts)
     query, items = unit_vectors(1, 0), unit_vectors(30, 1)
+    options = TrainingConfig(uniform_negatives=num_uniform)
+    sources = negatives.Sources(losses.log_sampling_probabilities(counts), DIM, options)
+    batch = torch.repeat_interleave(torch.arange(30), counts)
+    uniform = torch.arange(30).repeat(num_uniform // 30)
+    places = torch.cat([batch, uniform])
+    candidates, _ = sources.candidates(batch, 0, 0)
+    log_counts = candidates.log_q + math.log(len(places))
     window = (items @ query[0]).topk(7).indices
-    in_window = standing(torch.zeros(7, dtype=torch.int64), window, places, 1, 30)
-    log_counts = losses.log_sampling_probabilities(counts)[places] + math.log(len(places))
-    positive = (~in_window[0]).nonzero()[0]
-    sums = []
-    for item in window.tolist():
-        own = losses.OwnNegatives(
-            items[item].expand(1, 1, DIM),
-            torch.full((1, 1), math.log(share or 1 / 7)),
-            torch.zeros(1, 1, dtype=torch.bool),
-        )
-        loss = losses.softmax_loss(query, items[places], log_counts, positive, in_window, TEMPERATURE, own=own)
-        own_score = items[places[positive]] @ query[0] / TEMPERATURE - log_counts[positive]
-        sums.append((loss + own_score).exp().item())
+    elsewhere = sources.log_expected(places, len(places))
+    one, positive, sums, wrong_sums = torch.tensor([0]), torch.tensor([0]), [], []
+    for item in window.unsqueeze(1):
+        hard = mining.HardNegatives(item.unsqueeze(0), window.unsqueeze(0))
+        own_counts = hard.log_counts(one, sources.log_expected(hard.ids, len(places)))
+        shared_counts = hard.log_counts_elsewhere(one, places, log_counts, elsewhere, 30)
+        for found, own, shared in ((sums, own_counts, shared_counts), (wrong_sums, torch.zeros(1, 1), log_counts)):
+            of_own = losses.OwnNegatives(items[item].unsqueeze(0), own, torch.zeros(1, 1, dtype=torch.bool))
+            nobody = torch.zeros(1, len(places), dtype=torch.bool)
+            loss = losses.softmax_loss(query, items[places], shared, positive, nobody, TEMPERATURE, own=of_own)
+            score = items[places[positive]] @ query[0] / TEMPERATURE - shared.expand(1, -1)[0, positive]
+            found.append((loss + score).exp().item())
     full = ((items @ query[0]) / TEMPERATURE).exp().sum().item()
-    if share is None:
-        assert np.mean(sums) == pytest.approx(full, rel=1e-4)
-    else:
-        assert np.mean(sums) < 0.5 * full
+    assert np.mean(sums) == pytest.approx(full, rel=1e-4)
+    assert np.mean(wrong_sums) > 1.1 * full

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import taken_steps
 import torch
-import two_steps
 from child_process import tied
 from safetensors.torch import load_file
 
@@ -61,11 +61,11 @@ def without_dropout(config: TrainerConfig) -> TrainerConfig:
 def test_two_processes_give_the_gradients_of_one(world: Path, configure: Configure) -> None:
     cases = [(without_dropout(configure(**changes)), num_rows) for changes, num_rows in CASES]
     (world / "cases.json").write_text(json.dumps([(config.model_dump(mode="json"), rows) for config, rows in cases]))
-    process = torchrun(world, two_steps.__file__, str(world), str(world / "cases.json"))
+    process = torchrun(world, taken_steps.__file__, str(world), str(world / "cases.json"))
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
     for number, (config, num_rows) in enumerate(cases):
-        figures, expected = two_steps.two_steps(config, world, num_rows)
+        figures, expected = taken_steps.take_steps(config, world, num_rows)
         for rank in range(2):
             found = json.loads((world / f"{number}.{rank}.json").read_text())
             assert found["loss"] == pytest.approx(figures.loss, rel=1e-5), CASES[number]

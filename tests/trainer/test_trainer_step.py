@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from taken_steps import take_steps
 from torch import Tensor, nn
-from two_steps import two_steps
 
 from trainer.caching import Embedded
 from trainer.config import TrainerConfig
@@ -51,8 +51,8 @@ def test_chunks_give_the_gradients_of_the_whole(
     weights = pa.array([1.0 + number % 3 for number in range(len(table))])
     pq.write_table(table.append_column("weight", weights), world / "interactions.parquet")
     changes = {"model__dropout": 0.0, **changes}
-    whole, expected = two_steps(configure(**changes), world)
-    in_chunks, gradients = two_steps(configure(**changes, training__chunk_size=chunk_size), world)
+    whole, expected = take_steps(configure(**changes), world)
+    in_chunks, gradients = take_steps(configure(**changes, training__chunk_size=chunk_size), world)
     assert in_chunks.loss == pytest.approx(whole.loss, rel=1e-5)
     assert (in_chunks.masked, in_chunks.left) == (whole.masked, whole.left)
     assert gradients.keys() == expected.keys()
@@ -67,9 +67,9 @@ def test_users_who_ask_for_all_of_theirs_at_once_lose_what_they_would_one_by_one
     """From the user's own features alone, so that no sample of a history stands between the two."""
     toml = configure(training__negatives="all", model__dropout=0.0, training__batch_size=480).model_dump(mode="json")
     toml["features"] = [feature for feature in toml["features"] if feature["name"] != "history"]
-    one_by_one, expected = two_steps(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
+    one_by_one, expected = take_steps(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
     toml["training"]["history_share"] = 0.5
-    at_once, gradients = two_steps(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
+    at_once, gradients = take_steps(TrainerConfig.model_validate_json(json.dumps(toml)), world, num_rows=480)
     assert at_once.loss == pytest.approx(one_by_one.loss, rel=1e-5)
     assert (at_once.masked, at_once.left) == (one_by_one.masked, one_by_one.left)
     for name, gradient in gradients.items():
@@ -96,7 +96,7 @@ def test_batches_of_one_item_only_stay_finite(
     table = pq.read_table(world / "interactions.parquet")
     same = pa.array([3] * (len(table) - 1) + [4])
     pq.write_table(table.set_column(1, "item_id", same), world / "interactions.parquet")
-    figures, gradients = two_steps(configure(**changes, training__chunk_size=chunk_size), world, num_rows=40)
+    figures, gradients = take_steps(configure(**changes, training__chunk_size=chunk_size), world, num_rows=40)
     assert math.isfinite(figures.loss)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     is_alone = not OTHER_ITEMS & changes.keys()
@@ -104,11 +104,11 @@ def test_batches_of_one_item_only_stay_finite(
 
 
 def test_windows_of_all_that_is_not_liked_give_the_softmax_over_all_items(world: Path, configure: Configure) -> None:
-    """Of 40 items a user likes 8. What of the batch is in a window counts there alone."""
+    """Of 40 items a user likes 8. One batch of all interactions holds each as often as it is expected to."""
     shared = {"training__history_share": 0.5, "history__max_length": 20, "model__dropout": 0.0}
-    full, expected = two_steps(configure(**shared, training__negatives="all"), world)
+    full, expected = take_steps(configure(**shared, training__negatives="all"), world, num_steps=1)
     ranks = {"training__hard_negatives": 32, "training__hard_negatives_ranks": [1, 32]}
-    hard, gradients = two_steps(configure(**shared, **ranks), world)
+    hard, gradients = take_steps(configure(**shared, **ranks), world, num_steps=1)
     assert hard.loss == pytest.approx(full.loss, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name: n + text)

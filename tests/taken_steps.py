@@ -1,4 +1,4 @@
-"""Two steps of a training, and what they make of the gradients; as a program, in each process that torchrun starts.
+"""Steps of a training, and what they make of the gradients; as a program, in each process that torchrun starts.
 
 Deliberately does not know what they should be.
 """
@@ -25,10 +25,10 @@ from trainer.train import embed_items
 NUM_ROWS = 61
 
 
-def two_steps(
-    config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS, ranks: Ranks = ALONE
+def take_steps(
+    config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS, num_steps: int = 2, ranks: Ranks = ALONE
 ) -> tuple[StepFigures, dict[str, Tensor]]:
-    """Figures of the second of two steps on the toy world's first rows, and the sum of their gradients."""
+    """Figures of the last of some steps over the toy world's first rows, and the sum of their gradients."""
     prepared = prepare(config, folder)
     torch.manual_seed(0)
     model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model).train()
@@ -39,7 +39,7 @@ def two_steps(
     sources = Sources(examples.log_q, config.model.dim, config.training)
     trained = nn.ModuleDict({"towers": model, "temperature": temperature})
     gradients: dict[str, Tensor] = {}
-    for step, rows in enumerate(torch.tensor_split(torch.arange(min(num_rows, len(examples.queries))), 2)):
+    for step, rows in enumerate(torch.tensor_split(torch.arange(min(num_rows, len(examples.queries))), num_steps)):
         if sources.is_index_due(step):
             sources.index(embed_items(model.item, prepared.items))
             model.train()
@@ -60,7 +60,7 @@ def main() -> None:
     with joined() as ranks:
         for number, (config, num_rows) in enumerate(cases):
             parsed = TrainerConfig.model_validate_json(json.dumps(config))
-            figures, gradients = two_steps(parsed, folder, num_rows, ranks)
+            figures, gradients = take_steps(parsed, folder, num_rows, ranks=ranks)
             path = folder / f"{number}.{ranks.rank}"
             save_file(gradients, path.with_name(f"{path.name}.safetensors"))
             path.with_name(f"{path.name}.json").write_text(json.dumps(asdict(figures)))
