@@ -161,16 +161,16 @@ def backward(
         liked = asked.are_liked(part, candidates.ids)  # [P, C]
         log_counts_of_part, own = log_counts, None
         if hard is not None and mined is not None:
-            within_own = part - first
-            ids = hard.ids[within_own]
-            log_own_counts = torch.zeros(ids.shape)
+            here = part - first
+            drawn = hard.ids[here]  # [P, H]
+            log_own_counts = torch.zeros(drawn.shape)
             if is_corrected:
                 elsewhere = sources.log_expected(candidates.ids, num_columns)
-                log_own_counts = hard.log_counts(within_own, sources.log_expected(ids.clamp(min=0), num_columns))
+                log_own_counts = hard.log_counts(here, sources.log_expected(drawn.clamp(min=0), num_columns))
                 log_counts_of_part = hard.log_counts_elsewhere(
-                    within_own, candidates.ids, log_counts, elsewhere, likes.num_items
+                    here, candidates.ids, log_counts, elsewhere, likes.num_items
                 )
-            own = losses.OwnNegatives(mined.embeddings.view(*hard.ids.shape, -1)[within_own], log_own_counts, ids < 0)
+            own = losses.OwnNegatives(mined.embeddings.view(*hard.ids.shape, -1)[here], log_own_counts, drawn < 0)
         if asked.askers is None:
             loss = losses.softmax_loss(
                 queries.embeddings[part],

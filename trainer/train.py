@@ -143,7 +143,7 @@ def train_towers(
                 rate_of_step = learning_rate(options, progress.epoch * num_steps + step, options.epochs * num_steps)
                 for group in optimiser.param_groups:
                     group["lr"] = rate_of_step * group["share"]
-                torch.manual_seed(_seed_of_dropout(options.seed, progress.epoch, step, ranks.rank))
+                torch.manual_seed(seed_of_dropout(options.seed, progress.epoch, step, ranks.rank))
                 if sources.is_index_due(progress.epoch * num_steps + step):
                     sources.index(_embed_items_together(model.item, items, ranks))
                     model.train()
@@ -291,7 +291,7 @@ def _likes(examples: TrainingExamples, validation: HeldOut, num_items: int) -> t
     )
 
 
-def _seed_of_dropout(seed: int, epoch: int, step: int, rank: int) -> int:
+def seed_of_dropout(seed: int, epoch: int, step: int, rank: int) -> int:
     """Of what a step draws of torch's generator: nothing to restore for a resumed run, and no two processes alike."""
     sequence = np.random.SeedSequence([seed, epoch, step + 1, _OF_DROPOUT, rank])
     return int(sequence.generate_state(1)[0])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from trainer import state
 from trainer.config import TrainerConfig
+from trainer.train import seed_of_dropout
 
 Configure = Callable[..., TrainerConfig]
 HARD: Mapping[str, Any] = {"training__hard_negatives": 2, "training__hard_negatives_ranks": [1, 7]}
@@ -130,3 +131,16 @@ def test_a_mistake_is_said_once(world: Path) -> None:
     assert process.returncode != 0
     assert output == ""
     assert errors.count(f"{world / 'nowhere'}") == 1
+
+
+def test_no_two_processes_and_no_two_steps_drop_alike() -> None:
+    numbers = (0, 1)
+    seeds = {
+        seed_of_dropout(seed, epoch, step, rank)
+        for seed in numbers
+        for epoch in numbers
+        for step in numbers
+        for rank in numbers
+    }
+    assert len(seeds) == 16
+    assert seed_of_dropout(1, 2, 3, 0) == seed_of_dropout(1, 2, 3, 0)
