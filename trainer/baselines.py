@@ -18,6 +18,9 @@ NUM_NEIGHBOURS = 100
 _LARGEST_BASKET = 500
 """Newest items of a user that are taken to go together: who did everything would cost the square of it."""
 _ALS_FACTORS = 64
+_ALS_ROWS_PER_FACTOR = 10
+"""Users, and items, that each factor stands for at least: with as many factors as items all that a user did not choose
+is reconstructed as such, in small worlds too."""
 
 
 def baselines(
@@ -133,12 +136,16 @@ def als_scores(
     """
     from implicit.als import AlternatingLeastSquares
     from scipy.sparse import csr_matrix
+    from threadpoolctl import threadpool_limits
 
     users, items = log.users[train], log.items[train]
     shape = (int(log.users.max()) + 1, num_items)
     liked = csr_matrix((np.ones(len(train), dtype=np.float32), (users, items)), shape=shape)
-    model = AlternatingLeastSquares(factors=_ALS_FACTORS, random_state=0, use_gpu=False)
-    model.fit(liked, show_progress=False)
+    factors = max(1, min(_ALS_FACTORS, min(shape) // _ALS_ROWS_PER_FACTOR))
+    # Its own threads are enough: those of BLAS beside them cost more than they save, of which it warns.
+    with threadpool_limits(1, "blas"):
+        model = AlternatingLeastSquares(factors=factors, random_state=0, use_gpu=False)
+        model.fit(liked, show_progress=False)
     query_factors = torch.from_numpy(np.asarray(model.user_factors)[log.users[positions]])  # [Q, F]
     item_factors = torch.from_numpy(np.asarray(model.item_factors))  # [I, F]
     return lambda start, stop: query_factors[start:stop] @ item_factors.T

@@ -64,11 +64,13 @@ def test_als_finds_the_two_kinds_of_the_toy_world(world: Path, configure: Callab
     questions = ask(data.log, split.test, exclude_seen=True)
     found = baselines.baselines(data.log, split.train, questions.positions, 40)
     figures = {
-        name: evaluate(scores, questions.targets, questions.excluded, [10])["recall_at_10"]
+        name: evaluate(scores, questions.targets, questions.excluded, [12])["recall_at_12"]
         for name, scores in found.items()
     }
     assert figures.keys() == {"popularity", "item_knn", "als"}
-    assert figures["als"] > 1.5 * figures["popularity"]
+    # Of each kind there are twenty items, of which a user saw all but eleven.
+    assert figures["als"] > 0.9
+    assert figures["popularity"] < 0.5
 
 
 def test_item_knn_finds_the_two_kinds_of_the_toy_world(world: Path, configure: Callable[..., TrainerConfig]) -> None:
@@ -77,5 +79,5 @@ def test_item_knn_finds_the_two_kinds_of_the_toy_world(world: Path, configure: C
     questions = ask(data.log, split.test, exclude_seen=True)
     scores = baselines.item_knn_scores(data.log, split.train, questions.positions, 40)
     figures = evaluate(scores, questions.targets, questions.excluded, [12])
-    assert figures["recall_at_12"] == 1.0  # Of each kind there are twenty items, of which a user saw all but eleven.
+    assert figures["recall_at_12"] == 1.0  # As above.
     assert torch.isfinite(scores(0, 60)).all()
