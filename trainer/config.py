@@ -4,6 +4,7 @@ Deliberately does not know torch, nor what the data files hold.
 """
 
 import difflib
+import itertools
 import json
 import re
 import tomllib
@@ -74,6 +75,8 @@ class ModelConfig(_Table):
 
     dim: int = Field(ge=1, le=4096)
     """D, width of both towers' embeddings."""
+    matryoshka_dims: tuple[int, ...] = ()
+    """Widths below D, to which embeddings are trained to be cut (`trainer.matryoshka`)."""
     query_hidden: tuple[int, ...] = ()
     """Widths of the query tower's hidden layers; without any it is a linear projection."""
     item_hidden: tuple[int, ...] = ()
@@ -88,6 +91,14 @@ class ModelConfig(_Table):
     """Of each history that is pooled by a transformer, as the next two."""
     transformer_heads: int = Field(default=2, ge=1, le=64)
     transformer_dropout: float = Field(default=0.2, ge=0, lt=1)
+
+    @field_validator("matryoshka_dims")
+    @classmethod
+    def _rising_below_dim(cls, widths: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        limits = (0, *widths, info.data.get("dim", max(widths, default=0) + 1))
+        if any(width >= wider for width, wider in itertools.pairwise(limits)):
+            raise ValueError("give different widths from 1 up to below dim, rising, such as [16, 32]")
+        return widths
 
     @field_validator("query_hidden", "item_hidden")
     @classmethod
@@ -226,6 +237,8 @@ class EvaluationConfig(_Table):
 class ExportConfig(_Table):
     """`[export]`: what is published of the trained towers."""
 
+    dim: int | None = Field(default=None, ge=1)
+    """Width of the published embeddings, one of `[model] matryoshka_dims`. None: all that are trained."""
     int8: bool = False
     """Whether the towers' weights and activations are 8-bit integers where the gate allows it, and float32 else."""
     int8_min_overlap: float = Field(default=0.95, ge=0, le=1)
@@ -244,6 +257,20 @@ class TrainerConfig(_Table):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
+
+    @field_validator("export")
+    @classmethod
+    def _trained_to_be_cut(cls, export: ExportConfig, info: ValidationInfo) -> ExportConfig:
+        model: ModelConfig | None = info.data.get("model")
+        if model is not None and export.dim not in (None, model.dim, *model.matryoshka_dims):
+            raise ValueError(f"dim = {export.dim} is not a width that is trained; add it to [model] matryoshka_dims")
+        return export
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that the published embeddings can be cut to, rising; the last is all of them."""
+        dim = self.export.dim or self.model.dim
+        return (*(width for width in self.model.matryoshka_dims if width < dim), dim)
 
     def feature_schema(self) -> FeatureSchema:
         """The declared schema, its learned parameters still at their defaults."""

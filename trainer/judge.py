@@ -13,9 +13,10 @@ from towers.checkpoint import CheckpointStore
 from trainer import data
 from trainer.baselines import baselines
 from trainer.bm25 import texts_of
-from trainer.comparison import TOWERS, Comparison, compare
+from trainer.comparison import Comparison, compare
 from trainer.config import EvaluationConfig
-from trainer.evaluate import embedding_scores, rank
+from trainer.evaluate import rank
+from trainer.matryoshka import tower_scores
 from trainer.published import open_published
 from trainer.questions import ask
 from trainer.slices import all_slices
@@ -57,7 +58,7 @@ def evaluate_version(checkpoints: CheckpointStore, version: int, folder: Path) -
     item_counts = np.bincount(tables.log.items[split.train], minlength=num_items)
     models = {
         **baselines(tables.log, split.train, questions.positions, num_items, texts_of(tables, published.fitted.schema)),
-        TOWERS: embedding_scores(*published.embed(tables, questions.positions)),
+        **tower_scores(*published.embed(tables, questions.positions), config.widths),
     }
     rankings = {
         name: rank(scores, questions.targets, questions.excluded, options.ks) for name, scores in models.items()

@@ -94,6 +94,12 @@ class TowerNetwork(nn.Module):
         parts = [self._vector(feature, features[feature.name], places) for feature in self.features]
         return normalised(self.projection(torch.cat(parts, dim=1)))  # [B, D]
 
+    def cut(self, dim: int) -> None:
+        """From now on embeddings are the first dimensions of what they were, at unit length."""
+        last = self.projection[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight, last.bias = nn.Parameter(last.weight[:dim].detach()), nn.Parameter(last.bias[:dim].detach())
+
     def _vector(self, feature: Feature, values: Tensor, places: Tensor | None) -> Tensor:
         name = input_name(feature.name)
         vectors = values  # [W, columns], [W] or [W, L]
@@ -109,6 +115,9 @@ class TowerNetwork(nn.Module):
 
 class TwoTowers(nn.Module):
     """The query tower and the item tower, with the tables they share."""
+
+    widths: tuple[int, ...]
+    """Widths that embeddings are trained to be cut to, rising; the last is D."""
 
     def __init__(
         self, schema: FeatureSchema, query_encoder: FeatureEncoder, item_encoder: FeatureEncoder, config: ModelConfig
@@ -139,13 +148,14 @@ class TwoTowers(nn.Module):
             for name, array in encoder.encode({}, 1).items()
             if name not in tables
         }
+        self.widths = (*config.matryoshka_dims, config.dim)
         self.query = TowerNetwork(schema.of("query"), tables, widths, config.query_hidden, config)
         self.item = TowerNetwork(schema.of("item"), tables, widths, config.item_hidden, config)
 
 
 def normalised(embeddings: Tensor) -> Tensor:
-    """Unit vectors `[B, D]`. A zero vector stays zero, and both its value and its gradient are finite."""
-    return embeddings * torch.rsqrt(embeddings.square().sum(dim=1, keepdim=True) + _SQUARED_NORM_FLOOR)
+    """Unit vectors `[…, D]`. A zero vector stays zero, and both its value and its gradient are finite."""
+    return embeddings * torch.rsqrt(embeddings.square().sum(dim=-1, keepdim=True) + _SQUARED_NORM_FLOOR)
 
 
 def _start_as_sum(projection: nn.Linear, columns: Sequence[int], is_embedded: Sequence[bool]) -> None:

@@ -40,8 +40,9 @@ from trainer.baselines import baselines
 from trainer.bm25 import Texts, texts_of
 from trainer.config import ExportConfig, TrainerConfig, read_config
 from trainer.encode import DataEncoder
-from trainer.evaluate import Ranking, embedding_scores, rank
+from trainer.evaluate import Ranking, rank
 from trainer.fit import FittedSchema, fit_schema
+from trainer.matryoshka import tower_scores
 from trainer.model import TwoTowers
 from trainer.published import open_published
 from trainer.questions import ask
@@ -116,7 +117,7 @@ def train(
         config_path: The TOML file.
         store: The object store to publish to.
         resume: Whether to go on from the state of an earlier run with the same configuration and data. A run that
-            had finished training is exported and published without training again.
+            had finished training is exported and published without training again, once for each `[export]`.
         console: Gets progress and results.
         data_folder: Where the data files are; instead of `[data] folder`.
         force: Why to publish although gates refuse; the manifest keeps it. None: they decide.
@@ -149,7 +150,7 @@ def train(
         origin = _origin(config, data.digest_files(files))
         resumed = _resumed(state_file, origin) if resume else None
         published = resumed.progress.published.get(objects.url) if resumed else None
-        if published is not None and published in checkpoints.versions():
+        if published is not None and _is_published(checkpoints, published, config.export):
             _say(console, f"This run is already published as checkpoint {published}")
             return TrainingReport(published, checkpoints.manifest(published).metrics, run_folder)
 
@@ -175,6 +176,8 @@ def train(
         if not ranks.is_first:
             return None
         gates.check_finite(model)
+        for tower in (model.query, model.item):
+            tower.cut(config.widths[-1])
         embeddings: dict[Owner, Tensor] = {
             "query": embed_queries(model.query, prepared.test.queries),
             "item": embed_items(model.item, prepared.items),
@@ -246,6 +249,13 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
     )
 
 
+def _is_published(checkpoints: CheckpointStore, version: int, options: ExportConfig) -> bool:
+    """Whether a run's checkpoint is still there, exported in this way; in another way it may be published once more."""
+    if version not in checkpoints.versions():
+        return False
+    return bool(ExportConfig.model_validate(checkpoints.manifest(version).config.get("export", {})) == options)
+
+
 def _weights(log: data.InteractionLog, positions: NDArray[np.int64]) -> Tensor | None:
     """Divided by their mean: only their proportions mean something, and the learning rate keeps its scale."""
     if log.weights is None:
@@ -312,7 +322,7 @@ def _rankings(embeddings: Mapping[Owner, Tensor], prepared: Prepared, config: Tr
     questions = prepared.test.questions
     models = {
         **baselines(prepared.log, prepared.split.train, questions.positions, len(prepared.item_counts), prepared.texts),
-        comparison.TOWERS: embedding_scores(embeddings["query"], embeddings["item"]),
+        **tower_scores(embeddings["query"], embeddings["item"], config.widths),
     }
     return {
         name: rank(scores, questions.targets, questions.excluded, config.evaluation.ks)

@@ -4,7 +4,7 @@ Deliberately does not know optimisers, epochs, nor where the examples come from.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from trainer.caching import Embedded
 from trainer.config import TrainingConfig
 from trainer.encode import Tensors, TrainingQueries
 from trainer.likes import Likes
+from trainer.matryoshka import prefix
 from trainer.model import TwoTowers
 from trainer.negatives import Sources, joined
 from trainer.ranks import ALONE, Everywhere, Ranks
@@ -112,6 +113,8 @@ def backward(
     have half the places of a whole batch of that size, which leaves room for the embeddings of all rows and their
     gradients. The gradients of the parameters are the same; each tower runs twice.
 
+    Embeddings of several widths have the mean of the losses by each (Kusupati et al. 2022, with equal weights).
+
     Several processes embed a part of the queries and items each, and score their part of the queries against all
     items: the sum of their losses is the loss of the batch, and all end with its gradients.
 
@@ -171,45 +174,52 @@ def backward(
                     here, candidates.ids, log_counts, elsewhere, likes.num_items
                 )
             own = losses.OwnNegatives(mined.embeddings.view(*hard.ids.shape, -1)[here], log_own_counts, drawn < 0)
-        if asked.askers is None:
+        asks_liked = asked.are_liked(torch.arange(num_queries), asked.positives[part]).T if options.symmetric else None
+
+        def loss_by(width: int) -> Tensor:
+            """By the first dimensions of all embeddings."""
+            own_by_width = None if own is None else replace(own, embeddings=prefix(own.embeddings, width))
+            if asked.askers is not None:
+                return losses.shared_softmax_loss(
+                    prefix(queries.embeddings[part], width),
+                    prefix(item_embeddings, width),
+                    log_counts_of_part,
+                    within,
+                    columns[interactions],
+                    liked,
+                    temperature(),
+                    weights,
+                    own_by_width,
+                    push,
+                )
             loss = losses.softmax_loss(
-                queries.embeddings[part],
-                item_embeddings,
+                prefix(queries.embeddings[part], width),
+                prefix(item_embeddings, width),
                 log_counts_of_part,
                 columns[part],
                 liked,
                 temperature(),
                 options.score_margin,
                 weights,
-                own,
+                own_by_width,
                 push,
             )
-        else:
-            loss = losses.shared_softmax_loss(
-                queries.embeddings[part],
-                item_embeddings,
-                log_counts_of_part,
-                within,
-                columns[interactions],
-                liked,
-                temperature(),
-                weights,
-                own,
-                push,
-            )
-        if options.symmetric:
+            if asks_liked is None:
+                return loss
             # Queries have no q: how often one comes is known of its user, not of its history.
             to_queries = losses.softmax_loss(
-                scored.embeddings[columns[part]],
-                queries.embeddings,
+                prefix(scored.embeddings[columns[part]], width),
+                prefix(queries.embeddings, width),
                 torch.zeros(num_queries),
                 part,
-                asked.are_liked(torch.arange(num_queries), asked.positives[part]).T,
+                asks_liked,
                 temperature(),
                 options.score_margin,
                 weights,
             )
-            loss = (loss + to_queries) / 2
+            return (loss + to_queries) / 2
+
+        loss = torch.stack([loss_by(width) for width in model.widths]).mean()
         num_negatives = torch.full_like(part, num_columns - 1)
         num_left = torch.zeros_like(part)
         if left_likes is not None:
@@ -222,7 +232,7 @@ def backward(
         counts = torch.stack([liked.sum(dim=1) - 1, num_left, num_negatives])[:, within].sum(dim=1)
         return loss * (len(interactions) / batch_size), counts
 
-    part_size = batch_size if chunk_size is None else max(1, chunk_size * chunk_size // (2 * num_columns))
+    part_size = batch_size if chunk_size is None else max(1, chunk_size**2 // (2 * num_columns * len(model.widths)))
     figures = torch.zeros(4, dtype=torch.float64)
     for part in torch.split(queries.own, part_size) if len(queries.own) else ():
         loss, counts = of_part(part)

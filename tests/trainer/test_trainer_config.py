@@ -74,6 +74,14 @@ def test_bundled_configurations_differ_in_dimension_and_architecture() -> None:
         ("dim = 8", "dim = 8\ndropuot = 0.1", ["[model] dropuot: unknown key", "did you mean 'dropout'?"]),
         ("dim = 8", "dim = 8\nqwerty = 1", ["[model] qwerty: unknown key", "use one of", "'query_hidden'"]),
         ("dim = 8", "dim = 8\nquery_hidden = [16, 0]", ["[model] query_hidden", "from 1 to 65536"]),
+        ("dim = 8", "dim = 8\nmatryoshka_dims = [8]", ["[model] matryoshka_dims = [8]", "below dim, rising"]),
+        ("dim = 8", "dim = 8\nmatryoshka_dims = [4, 2]", ["[model] matryoshka_dims = [4, 2]", "rising"]),
+        ("dim = 8", "dim = 8\nmatryoshka_dims = [0, 2]", ["[model] matryoshka_dims = [0, 2]", "from 1"]),
+        (
+            "dim = 8",
+            "dim = 8\nmatryoshka_dims = [4]\n[export]\ndim = 2",
+            ["[export]", "dim = 2 is not a width that is trained", "matryoshka_dims"],
+        ),
         ("dim = 8", "dim = 8\n[training]\ntemperature = 0.0", ["[training] temperature = 0.0", "greater than 0"]),
         ("dim = 8", "dim = 8\n[training]\nlearning_rate = inf", ["[training] learning_rate", "finite"]),
         (

@@ -28,6 +28,7 @@ CASES: list[tuple[dict[str, Any], int]] = [
     ({"training__negatives": "all", "training__score_margin": 0.05}, 61),
     ({"history__pooling": "transformer", "model__transformer_dropout": 0.0, **HARD}, 61),
     ({"training__history_share": 0.5, **HARD}, 61),
+    ({"model__matryoshka_dims": [3, 6], "training__memory": 40, "training__symmetric": True, **HARD}, 61),
     # The second step has one row for two processes.
     ({"training__memory": 40, **HARD}, 3),
 ]

@@ -40,6 +40,8 @@ OTHER_ITEMS = {"training__uniform_negatives", "training__hard_negatives", "train
         {"training__mask_known_positives": False, "training__symmetric": True, **HARD},
         {"training__score_margin": 0.05, "training__memory": 40, "training__logq": "none", **HARD},
         {"history__pooling": "transformer", "model__transformer_dropout": 0.0, **HARD},
+        {"model__matryoshka_dims": [3, 6], "training__memory": 40, "training__symmetric": True, **HARD},
+        {"model__matryoshka_dims": [3], "training__history_share": 0.5, **HARD},
         {"history__pooling": "transformer", "item_id__min_count": 1, "model__transformer_dropout": 0.0},
     ],
 )

@@ -257,6 +257,7 @@ def lines_of(config: TrainerConfig, world: Path, state_file: Path) -> list[list[
         {**HARD, "training__chunk_size": 20},
         {"training__memory": 70, "training__logq": "streaming"},
         {"training__negatives": "all"},
+        {"model__matryoshka_dims": [4], "training__memory": 70},
         {"training__schedule": "linear", "training__warmup_steps": 20},
         {"training__history_share": 0.5, "history__max_length": 20},
     ],
