@@ -70,6 +70,8 @@ class Manifest(BaseModel):
     parent_version: int | None
     forced: Forced | None = None
     """None where no gate was overridden."""
+    reranker_features: tuple[str, ...] = ()
+    """Declared features that need both sides and are in no tower, by name."""
 
 
 class GoldenExamples(BaseModel):
@@ -100,6 +102,8 @@ class CheckpointDraft:
     forced: Forced | None = None
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     """Content of the tokenizer files of pretrained text encoders, by feature."""
+    reranker_features: tuple[str, ...] = ()
+    """Declared features that need both sides and are in no tower, by name."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,7 @@ class CheckpointStore:
             code_revision=draft.code_revision,
             parent_version=draft.parent_version,
             forced=draft.forced,
+            reranker_features=draft.reranker_features,
         )
         files[MANIFEST] = manifest.model_dump_json(indent=1).encode()
         is_claimed = False

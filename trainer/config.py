@@ -25,6 +25,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Layout = Literal["tables", "beir"]
 
 _METRIC = re.compile(r"(recall|ndcg|mrr)_at_(\d+)")
+_RERANKER = "reranker"
 _TABLES = ("data", "features", "model", "training", "evaluation", "export")
 
 
@@ -245,6 +246,18 @@ class ExportConfig(_Table):
     """The gate: mean share of the ten best items of held-out queries, by the towers in float32, that they find too."""
 
 
+class RerankerFeature(_Table):
+    """A `[[features]]` table with `owner = "reranker"`: it needs query and item, is in no tower, and is kept in the
+    manifest for whoever ranks what was retrieved.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)
+    owner: Literal["reranker"]
+    kind: Literal["categorical", "categorical_list", "number", "timestamp", "text", "vector"] | None = None
+    source: Literal["interactions", "items", "users"] = "interactions"
+    column: str | None = Field(default=None, min_length=1)
+
+
 class TrainerConfig(_Table):
     """A whole configuration. The manifest of the checkpoint keeps it."""
 
@@ -274,7 +287,11 @@ class TrainerConfig(_Table):
 
     def feature_schema(self) -> FeatureSchema:
         """The declared schema, its learned parameters still at their defaults."""
-        return parse_schema(self.features)
+        return parse_schema(_of_towers(self.features))
+
+    def reranker_features(self) -> tuple[str, ...]:
+        """Names of the features that are in no tower."""
+        return tuple(feature["name"] for feature in self.features if feature.get("owner") == _RERANKER)
 
 
 def read_config(path: Path) -> TrainerConfig:
@@ -300,7 +317,10 @@ def read_config(path: Path) -> TrainerConfig:
     declarations = content.get("features")
     if isinstance(declarations, list) and declarations and all(isinstance(entry, dict) for entry in declarations):
         try:
-            mistakes += [f"[[features]] {mistake}" for mistake in _unshared_widths(parse_schema(declarations))]
+            mistakes += [f"[[features]] {mistake}" for mistake in _reranker_mistakes(declarations)]
+            mistakes += [
+                f"[[features]] {mistake}" for mistake in _unshared_widths(parse_schema(_of_towers(declarations)))
+            ]
         except InvalidSchemaError as error:
             mistakes.append(f"[[features]] {error}")
             kind = type(error)
@@ -317,6 +337,32 @@ def _located(declaration: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     if not isinstance(encoder, str) or encoder in PACKAGED_ENCODERS:
         return declaration
     return {**declaration, "encoder": str(folder / encoder)}
+
+
+def _of_towers(declarations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [declaration for declaration in declarations if declaration.get("owner") != _RERANKER]
+
+
+def _reranker_mistakes(declarations: Sequence[Mapping[str, Any]]) -> list[str]:
+    mistakes = []
+    names = [declaration.get("name") for declaration in declarations]
+    for declaration in declarations:
+        if declaration.get("owner") != _RERANKER:
+            continue
+        name = declaration.get("name")
+        if names.count(name) > 1:
+            mistakes.append(f"feature {name!r}: its name is repeated; feature names must be unique")
+        try:
+            RerankerFeature.model_validate(declaration)
+        except ValidationError as error:
+            mistakes += [
+                f'feature {name!r}, {detail["loc"][0]}: with owner = "reranker" it has only '
+                f"{', '.join(RerankerFeature.model_fields)}"
+                if detail["type"] == "extra_forbidden"
+                else f"feature {name!r}, {detail['loc'][0]}: {detail['msg']}"
+                for detail in error.errors()
+            ]
+    return mistakes
 
 
 def _unshared_widths(schema: FeatureSchema) -> list[str]:

@@ -23,6 +23,7 @@ from towers.features import RawValue, category_token
 from towers.schema import Feature, FeatureSchema
 from trainer import beir
 from trainer.config import DataConfig
+from trainer.separation import MISSING, Coded, crossing
 
 USER_ID = "user_id"
 ITEM_ID = "item_id"
@@ -91,6 +92,8 @@ class TrainingData:
     split: Split
     notes: tuple[str, ...]
     """What was left out and why, one line each."""
+    crossings: tuple[str, ...] = ()
+    """Which columns of one side differ between rows of the other, one line each: features that are in no tower."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class _Interactions:
     parts: NDArray[np.int8] | None
     """Places in `PARTS`."""
     split_column: str | None
+    claimed: Mapping[str, Coded]
+    """The columns that are a user's or an item's feature by their name."""
 
 
 def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> TrainingData:
@@ -126,8 +131,9 @@ def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> Traini
     user_features = [feature for feature in schema.features if feature.source == "users"]
     if config.layout == "beir":
         items, users, interactions, read_notes = _read_corpus(paths, item_features, user_features)
+        crossings: list[str] = []
     else:
-        items, users, interactions, read_notes = _read_tables(config, paths, item_features, user_features)
+        items, users, interactions, read_notes, crossings = _read_tables(config, paths, item_features, user_features)
     rows, log_notes = _item_rows(interactions, items, paths["items"])
     users, user_rows, unlisted_notes = _user_rows(interactions, users)
     kept = rows >= 0
@@ -136,19 +142,21 @@ def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> Traini
     log = order_by_time(user_rows[kept], rows[kept], interactions.timestamps_s[kept], weights, parts)
     split = split_by_time(log) if log.parts is None else split_as_given(log.parts)
     _check_enough(log, split, interactions)
-    return TrainingData(users, items, log, split, (*read_notes, *log_notes, *unlisted_notes))
+    return TrainingData(users, items, log, split, (*read_notes, *log_notes, *unlisted_notes), tuple(crossings))
 
 
 def _read_tables(
     config: DataConfig, paths: Mapping[str, Path], item_features: Sequence[Feature], user_features: Sequence[Feature]
-) -> tuple[Entities, Entities, _Interactions, list[str]]:
-    separator = config.csv_separator
-    items, item_notes = _read_entities(paths["items"], "items", config.item_id_column, item_features, separator)
-    interactions = _read_interactions(paths["interactions"], config)
-    if "users" not in paths:
-        return items, _users_without_table(interactions, user_features), interactions, item_notes
-    users, user_notes = _read_entities(paths["users"], "users", config.user_id_column, user_features, separator)
-    return items, users, interactions, item_notes + user_notes
+) -> tuple[Entities, Entities, _Interactions, list[str], list[str]]:
+    """Items, users, interactions, notes and crossings."""
+    items, notes, crossings = _read_entities(paths["items"], "items", config, item_features)
+    interactions = _read_interactions(paths["interactions"], config, [*item_features, *user_features])
+    if "users" in paths:
+        users, user_notes, user_crossings = _read_entities(paths["users"], "users", config, user_features)
+        notes, crossings = notes + user_notes, crossings + user_crossings
+    else:
+        users = _users_without_table(interactions, user_features)
+    return items, users, interactions, notes, [*crossings, *_crossings(interactions, item_features, user_features)]
 
 
 def _read_corpus(
@@ -163,7 +171,7 @@ def _read_corpus(
     judgements, notes = beir.read_judgements(_files(paths["interactions"], "interactions"), queries)
     items, item_notes = _entities(documents, paths["items"], "items", ITEM_ID, item_features)
     users, user_notes = _entities(queries, paths["users"], "users", USER_ID, user_features)
-    interactions = _as_interactions([(paths["interactions"], judgements)], paths["interactions"], beir.COLUMNS)
+    interactions = _as_interactions([(paths["interactions"], judgements)], paths["interactions"], beir.COLUMNS, [])
     return items, users, interactions, item_notes + user_notes + notes
 
 
@@ -262,7 +270,8 @@ def data_window(log: InteractionLog, positions: NDArray[np.int64]) -> tuple[date
     return (datetime.fromtimestamp(moments_s.min(), UTC), datetime.fromtimestamp(moments_s.max(), UTC))
 
 
-def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
+def _read_interactions(path: Path, config: DataConfig, features: Sequence[Feature]) -> _Interactions:
+    """The interactions, with what else they say under the name of a feature's column."""
     columns = {
         config.user_id_column: "[data] user_id_column",
         config.item_id_column: "[data] item_id_column",
@@ -274,20 +283,29 @@ def _read_interactions(path: Path, config: DataConfig) -> _Interactions:
     if config.split_column is not None:
         columns.setdefault(config.split_column, "[data] split_column")
         as_strings.append(config.split_column)
+    files = _files(path, "interactions")
+    in_all = set.intersection(*(set(_column_names(file, config.csv_separator)) for file in files))
+    own = {USER_ID, ITEM_ID, *columns}
+    claimed = sorted({feature.column for feature in features if feature.column in in_all} - own)
+    columns |= {name: f"a feature's column {name!r}" for name in claimed}
     tables = (
         (file, part)
-        for file in _files(path, "interactions")
+        for file in files
         for part in _read_parts(file, "interactions", columns, as_strings, config.csv_separator)
     )
-    return _as_interactions(tables, path, config)
+    return _as_interactions(tables, path, config, claimed)
 
 
-def _as_interactions(tables: Iterable[tuple[Path, pa.Table]], path: Path, config: DataConfig) -> _Interactions:
+def _as_interactions(
+    tables: Iterable[tuple[Path, pa.Table]], path: Path, config: DataConfig, claimed: Sequence[str]
+) -> _Interactions:
     """Interactions from tables with the file of each, for messages."""
     # Columns a part at a time: what is kept of a row are two codes and its numbers, never its strings.
     user_codes, item_codes, timestamps_s, weights, parts = [], [], [], [], []
     user_code_of: dict[str, int] = {}
     item_code_of: dict[str, int] = {}
+    value_codes: dict[str, list[NDArray[np.int32]]] = {name: [] for name in claimed}
+    value_code_of: dict[str, dict[str, int]] = {name: {} for name in claimed}
     for file, part in tables:
         user_codes.append(_id_codes(part, file, config.user_id_column, user_code_of))
         item_codes.append(_id_codes(part, file, config.item_id_column, item_code_of))
@@ -296,6 +314,8 @@ def _as_interactions(tables: Iterable[tuple[Path, pa.Table]], path: Path, config
             weights.append(_weights(part, file, config.weight_column))
         if config.split_column is not None:
             parts.append(_parts(part, file, config.split_column))
+        for name in claimed:
+            value_codes[name].append(_value_codes(part.column(name), value_code_of[name]))
     if not user_codes:
         raise InvalidInputError(_no_rows(path, "interactions"))
     user_ids, item_ids = list(user_code_of), list(item_code_of)
@@ -316,20 +336,56 @@ def _as_interactions(tables: Iterable[tuple[Path, pa.Table]], path: Path, config
         np.concatenate(weights) if weights else None,
         np.concatenate(parts) if parts else None,
         config.split_column,
+        {name: Coded(np.concatenate(codes), list(value_code_of[name])) for name, codes in value_codes.items()},
     )
 
 
+def _crossings(
+    interactions: _Interactions, item_features: Sequence[Feature], user_features: Sequence[Feature]
+) -> list[str]:
+    """Of columns that the interactions have too; there they may differ with both sides of a pair."""
+    if not interactions.claimed:
+        return []
+    users = Coded(interactions.user_codes, interactions.user_ids)
+    items = Coded(interactions.item_codes, interactions.item_ids)
+    moments_s, codes = np.unique(interactions.timestamps_s, return_inverse=True)
+    found = [
+        crossing(feature, owners, others, Coded(codes, moments_s), values, str(interactions.path))
+        for features, owners, others in ((item_features, items, users), (user_features, users, items))
+        for feature in features
+        if (values := interactions.claimed.get(feature.column)) is not None
+    ]
+    return [line for line in found if line]
+
+
 def _read_entities(
-    path: Path, table_name: Literal["items", "users"], id_column: str, features: Sequence[Feature], separator: str
-) -> tuple[Entities, list[str]]:
-    standard = ITEM_ID if table_name == "items" else USER_ID
+    path: Path, table_name: Literal["items", "users"], config: DataConfig, features: Sequence[Feature]
+) -> tuple[Entities, list[str], list[str]]:
+    """One row per id, with notes; and the crossings of a table that has several, for rows of the other side."""
+    standard, id_column, other_column = (
+        (ITEM_ID, config.item_id_column, config.user_id_column)
+        if table_name == "items"
+        else (USER_ID, config.user_id_column, config.item_id_column)
+    )
     wanted = {id_column: f"[data] {standard}_column"}
     for feature in features:
         column = id_column if feature.column == standard else feature.column
         wanted.setdefault(column, f"feature {feature.name!r}")
     as_strings = [id_column, *(feature.column for feature in features if feature.kind in ("categorical", "text"))]
-    table = _read_table(path, table_name, wanted, as_strings, separator)
-    return _entities(table, path, table_name, id_column, features)
+    available = _column_names(path, config.csv_separator)
+    wanted |= {name: "" for name in (other_column, config.timestamp_column) if name in available and name not in wanted}
+    table = _read_table(path, table_name, wanted, as_strings, config.csv_separator)
+    entities, notes = _entities(table, path, table_name, id_column, features)
+    if other_column not in wanted or table.num_rows == len(entities.ids):
+        return entities, notes, []
+    owners, others = _coded(table.column(id_column)), _coded(table.column(other_column))
+    moments = _coded(table.column(config.timestamp_column)) if config.timestamp_column in wanted else None
+    found = [
+        crossing(feature, owners, others, moments, _coded(table.column(feature.column)), str(path))
+        for feature in features
+        if feature.column not in (standard, id_column)
+    ]
+    return entities, notes, [line for line in found if line]
 
 
 def _entities(
@@ -467,7 +523,7 @@ def _read_parts(
                         if batch.num_rows:
                             yield pa.Table.from_batches([batch])
             case ".csv" | ".tsv":
-                parsing = pacsv.ParseOptions(delimiter=separator, newlines_in_values=True)
+                parsing = _parsing(separator)
                 with pacsv.open_csv(path, parse_options=parsing) as reader:
                     available = reader.schema.names
                 _check_columns(path, available, wanted)
@@ -489,6 +545,21 @@ def _read_parts(
         raise InvalidInputError(
             f"{path}: not a readable {path.suffix[1:]} file ({first_line}); write it again"
         ) from error
+
+
+def _column_names(path: Path, separator: str) -> list[str]:
+    """Of a file that may be read; none of one that may not, which is said when it is."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            return list(pq.read_schema(path).names)
+        with pacsv.open_csv(path, parse_options=_parsing(separator)) as reader:
+            return list(reader.schema.names)
+    except (OSError, pa.ArrowException):
+        return []
+
+
+def _parsing(separator: str) -> pacsv.ParseOptions:
+    return pacsv.ParseOptions(delimiter=separator, newlines_in_values=True)
 
 
 def _no_rows(path: Path, table: str) -> str:
@@ -530,6 +601,25 @@ def _id_codes(table: pa.Table, path: Path, name: str, code_of: dict[str, int]) -
     # Without a token stands only a missing id, and no row has one.
     code_of_entry = [-1 if token is None else code_of.setdefault(token, len(code_of)) for token in tokens]
     return np.array(code_of_entry, dtype=np.int32)[codes]
+
+
+def _coded(column: pa.ChunkedArray) -> Coded:
+    code_of: dict[str, int] = {}
+    codes = _value_codes(column, code_of)
+    return Coded(codes, list(code_of))
+
+
+def _value_codes(column: pa.ChunkedArray, code_of: dict[str, int]) -> NDArray[np.int32]:
+    """Values as codes `[N]`, by how they are written; those without one get the next."""
+    column = _plain(column)
+    if pa.types.is_nested(column.type):  # Arrow has no dictionaries of lists.
+        distinct, places = column.to_pylist(), np.arange(len(column))
+    else:
+        encoded = column.combine_chunks().dictionary_encode()
+        distinct = [_without_nan(value) for value in encoded.dictionary.to_pylist()]
+        places = pc.fill_null(encoded.indices, -1).to_numpy()
+    codes = [MISSING if value is None else code_of.setdefault(str(value), len(code_of)) for value in distinct]
+    return np.array([*codes, MISSING], dtype=np.int32)[places]
 
 
 def _timestamps_s(table: pa.Table, path: Path, name: str) -> NDArray[np.float64]:

@@ -3,6 +3,8 @@
 Deliberately does not know how the parameters were learned, nor what a tower does with the tensors.
 """
 
+import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -15,7 +17,7 @@ from torch import Tensor
 from towers.errors import InvalidFeatureError, InvalidInputError
 from towers.features import Arrays, FeatureEncoder, RawValue
 from towers.schema import Owner, SequenceFeature, TextFeature
-from trainer.data import Entities, TrainingData
+from trainer.data import Entities, InteractionLog, TrainingData
 from trainer.fit import FittedSchema
 from trainer.text import truncation_note
 
@@ -267,6 +269,19 @@ class DataEncoder:
                 for feature in self._sequences
             },
         )
+
+    def with_log(self, log: InteractionLog) -> "DataEncoder":
+        """The same users and items in another log of theirs."""
+        other = copy.copy(self)
+        other._data = dataclasses.replace(self._data, log=log)
+        return other
+
+    def raw_pairs(self, positions: NDArray[np.int64]) -> dict[Owner, list[dict[str, RawValue]]]:
+        """Raw features of the query and of the item of interactions at positions of the log."""
+        return {
+            "query": self.raw_queries(positions.tolist()),
+            "item": self.raw_items(self._data.log.items[positions].tolist()),
+        }
 
     def raw_items(self, rows: Sequence[int]) -> list[dict[str, RawValue]]:
         """Raw features of items, as a caller would give them."""

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from towers.checkpoint import CheckpointDraft, Forced, GoldenExamples, Manifest, TowerFiles
-from towers.errors import InvalidInputError, TwoTowerError
+from towers.errors import CrossTowerFeatureError, InvalidInputError, TwoTowerError
 from towers.features import Arrays, FeatureEncoder, RawValue
 from towers.schema import (
+    RERANKER_ADVICE,
     CategoricalFeature,
     CategoricalListFeature,
     FeatureSchema,
@@ -49,6 +50,15 @@ Rows = Sequence[Mapping[str, RawValue]]
 
 
 @dataclass(frozen=True)
+class Paired:
+    """Raw features of one side of N pairs of query and item."""
+
+    rows: Rows
+    permuted: Rows
+    """The same where the other sides of the pairs are changed over."""
+
+
+@dataclass(frozen=True)
 class ExportedTowers:
     """Both towers as ONNX, and how far they are from torch."""
 
@@ -66,6 +76,7 @@ def export_towers(
     encoders: Mapping[Owner, FeatureEncoder],
     rows: Mapping[Owner, Rows],
     validation_queries: Rows = (),
+    pairs: Mapping[Owner, Paired] | None = None,
     num_golden: int = 16,
 ) -> ExportedTowers:
     """Exports both towers and runs each as services will, from its own side's raw features alone.
@@ -76,9 +87,11 @@ def export_towers(
         encoders: The encoders of both sides.
         rows: Raw features of each side; all of them are checked.
         validation_queries: Raw features of held-out queries, whose embeddings go with the checkpoint.
+        pairs: Of each side, what its features are in pairs with the other; `check_separation` of them.
         num_golden: Golden examples to take from `rows`, evenly spaced; two more have nothing known and nothing at all.
 
     Raises:
+        CrossTowerFeatureError: a tower reads what is not its own side's.
         InvalidInputError: a tower is too large for one ONNX file.
         TwoTowerError: an exported tower differs from torch.
     """
@@ -89,6 +102,9 @@ def export_towers(
     towers: dict[Owner, Tower] = {}
     for owner, network in networks.items():
         network.eval()
+        foreign = [feature.name for feature in network.features if feature.owner != owner]
+        if foreign:
+            raise CrossTowerFeatureError(f"the {owner} tower reads {foreign} of the other side; it is not published")
         exported[owner] = export_onnx(with_adapters_merged(network), encoders[owner])
         step = max(1, len(rows[owner]) // num_golden)
         chosen = [*rows[owner][::step][:num_golden], {}, unknown_row(fitted.schema, owner)]
@@ -97,6 +113,8 @@ def export_towers(
         )
         towers[owner] = load_unpublished(owner, exported[owner], golden[owner], fitted)
         differences[owner] = difference(towers[owner], network, encoders[owner], [*rows[owner], *chosen])
+        if pairs is not None:
+            check_separation(towers[owner], pairs[owner])
     embedded = embed_all(towers["query"], validation_queries) if len(validation_queries) else None
     return ExportedTowers(exported, golden, differences, embedded)
 
@@ -183,6 +201,27 @@ def difference(tower: Tower, network: TowerNetwork, encoder: FeatureEncoder, row
     return largest
 
 
+def check_separation(tower: Tower, pairs: Paired) -> None:
+    """Third layer of the two-tower rule: whom a row is paired with changes no bit of its embedding.
+
+    Raises:
+        CrossTowerFeatureError: it does; names the features that know of the other side.
+    """
+    alone, permuted = embed_all(tower, pairs.rows), embed_all(tower, pairs.permuted)
+    if np.array_equal(alone, permuted):
+        return
+    changed = {
+        name
+        for row, other in zip(pairs.rows, pairs.permuted, strict=True)
+        for name in row.keys() | other.keys()
+        if row.get(name) != other.get(name)
+    }
+    raise CrossTowerFeatureError(
+        f"the {tower.owner} tower is not apart: other pairs change {int((alone != permuted).any(axis=1).sum()):,} of "
+        f"{len(alone):,} embeddings, by feature {', '.join(map(repr, sorted(changed)))}; {RERANKER_ADVICE}"
+    )
+
+
 def unknown_row(schema: FeatureSchema, owner: Owner) -> dict[str, RawValue]:
     """Raw features of one side in which every id is one that training never saw."""
     row: dict[str, RawValue] = {}
@@ -207,6 +246,7 @@ def draft_checkpoint(
     data_window: tuple[datetime, datetime],
     code_revision: str,
     forced: Forced | None,
+    reranker_features: tuple[str, ...] = (),
 ) -> CheckpointDraft:
     """All of the checkpoint but its number and its parent, which are known when it is published."""
     return CheckpointDraft(
@@ -223,6 +263,7 @@ def draft_checkpoint(
         parent_version=None,
         validation_queries=exported.validation_queries,
         forced=forced,
+        reranker_features=reranker_features,
     )
 
 

@@ -27,6 +27,7 @@ from towers.deployment import DeploymentStore
 from towers.errors import (
     ConflictError,
     CorruptArtefactError,
+    CrossTowerFeatureError,
     GateRefusedError,
     InvalidInputError,
     NotFoundError,
@@ -200,6 +201,7 @@ def train(
             data.data_window(prepared.log, prepared.split.train),
             code_revision(),
             forced,
+            config.reranker_features(),
         )
         version = publish(checkpoints, draft, console)
         _say(console, f"Published checkpoint {version}")
@@ -217,9 +219,12 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
         folder: Where the data files are.
 
     Raises:
+        CrossTowerFeatureError: a column of one side differs between rows of the other; a line for each feature.
         InvalidInputError: a mistake in the data; names file, column and fix.
     """
     tables = data.read_data(config.data, config.feature_schema(), folder)
+    if tables.crossings:
+        raise CrossTowerFeatureError("\n".join(tables.crossings))
     split = tables.split
     fitted = fit_schema(config.feature_schema(), tables, split)
     encoder = DataEncoder(fitted, tables)
@@ -400,7 +405,8 @@ def _export(model: TwoTowers, prepared: Prepared, options: ExportConfig, console
     validation = prepared.split.validation
     step = -(-len(validation) // MAX_VALIDATION_QUERIES) or 1
     validation_queries = prepared.encoder.raw_queries(validation[::step].tolist())
-    exported = export.export_towers(model, prepared.fitted, encoders, rows, validation_queries)
+    pairs = paired(prepared.encoder, prepared.log, prepared.test.questions.positions[:_CHECKED_QUERIES])
+    exported = export.export_towers(model, prepared.fitted, encoders, rows, validation_queries, pairs)
     _say(console, _agreement(exported))
     if not options.int8:
         return exported
@@ -412,6 +418,21 @@ def _export(model: TwoTowers, prepared: Prepared, options: ExportConfig, console
         f"queries; int8_min_overlap = {options.int8_min_overlap:.1%}: published in {'int8' if is_close else 'float32'}",
     )
     return coarse if is_close else exported
+
+
+def paired(encoder: DataEncoder, log: data.InteractionLog, positions: NDArray[np.int64]) -> dict[Owner, export.Paired]:
+    """Both sides of the interactions at positions, one of each user, as they are and with the other side moved on."""
+    users, items = log.users.copy(), log.items.copy()
+    users[positions], items[positions] = np.roll(users[positions], 1), np.roll(items[positions], 1)
+    pairs = encoder.raw_pairs(positions)
+    others: Mapping[Owner, data.InteractionLog] = {
+        "query": dataclasses.replace(log, items=items),
+        "item": dataclasses.replace(log, users=users),
+    }
+    return {
+        owner: export.Paired(pairs[owner], encoder.with_log(other).raw_pairs(positions)[owner])
+        for owner, other in others.items()
+    }
 
 
 def _origin(config: TrainerConfig, digests: Mapping[str, str]) -> dict[str, Any]:
