@@ -39,6 +39,22 @@ class FileDigest(BaseModel):
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class EpochFigures:
+    """What one epoch of training came to."""
+
+    loss: float
+    """Mean over its steps."""
+    masked: float
+    """Share of the negatives that were left out because the user is known to like the item."""
+    left: float
+    """Share that was not, although validation shows that the user likes the item."""
+    temperature: float
+    """That scores were divided by at its end."""
+    metric: float | None
+    """Of `[evaluation] metric`, on validation after it; None where nothing is held out."""
+
+
 class Forced(BaseModel):
     """Who published a checkpoint although gates refused it, and why."""
 
@@ -72,6 +88,8 @@ class Manifest(BaseModel):
     """None where no gate was overridden."""
     reranker_features: tuple[str, ...] = ()
     """Declared features that need both sides and are in no tower, by name."""
+    epochs: tuple[EpochFigures, ...] = ()
+    """Of the training, in order; none in checkpoints of releases that did not keep them."""
 
 
 class GoldenExamples(BaseModel):
@@ -104,6 +122,8 @@ class CheckpointDraft:
     """Content of the tokenizer files of pretrained text encoders, by feature."""
     reranker_features: tuple[str, ...] = ()
     """Declared features that need both sides and are in no tower, by name."""
+    epochs: tuple[EpochFigures, ...] = ()
+    """Of the training, in order."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +253,7 @@ class CheckpointStore:
             parent_version=draft.parent_version,
             forced=draft.forced,
             reranker_features=draft.reranker_features,
+            epochs=draft.epochs,
         )
         files[MANIFEST] = manifest.model_dump_json(indent=1).encode()
         is_claimed = False

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
-from towers.checkpoint import CheckpointDraft, Forced, GoldenExamples, Manifest, TowerFiles
+from towers.checkpoint import CheckpointDraft, EpochFigures, Forced, GoldenExamples, Manifest, TowerFiles
 from towers.errors import CrossTowerFeatureError, InvalidInputError, TwoTowerError
 from towers.features import Arrays, FeatureEncoder, RawValue
 from towers.schema import (
@@ -247,6 +247,7 @@ def draft_checkpoint(
     code_revision: str,
     forced: Forced | None,
     reranker_features: tuple[str, ...] = (),
+    epochs: tuple[EpochFigures, ...] = (),
 ) -> CheckpointDraft:
     """All of the checkpoint but its number and its parent, which are known when it is published."""
     return CheckpointDraft(
@@ -264,6 +265,7 @@ def draft_checkpoint(
         validation_queries=exported.validation_queries,
         forced=forced,
         reranker_features=reranker_features,
+        epochs=epochs,
     )
 
 

@@ -202,6 +202,7 @@ def train(
             code_revision(),
             forced,
             config.reranker_features(),
+            finished.progress.epochs,
         )
         version = publish(checkpoints, draft, console)
         _say(console, f"Published checkpoint {version}")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from towers.checkpoint import EpochFigures
 from towers.errors import CorruptArtefactError, InvalidInputError
 
 STATE_FILE = "state.safetensors"
@@ -43,6 +44,8 @@ class Progress:
     best_epoch: int = 0
     """The epoch whose parameters are kept, from 1; 0 before the first validation."""
     best_metric: float = 0.0
+    epochs: tuple[EpochFigures, ...] = ()
+    """What each whole epoch came to."""
     is_finished: bool = False
     published: Mapping[str, int] = field(default_factory=dict)
     """Store URL to the checkpoint version that this run became there."""
@@ -97,7 +100,7 @@ def load_state(path: Path) -> RunState:
             for name, tensor in _below(tensors, moment).items():
                 moments.setdefault(name, {})[moment] = tensor
         return RunState(
-            progress=Progress(**json.loads(metadata["progress"])),
+            progress=_progress(json.loads(metadata["progress"])),
             origin=json.loads(metadata["origin"]),
             parameters=_below(tensors, "parameter"),
             best_parameters=_below(tensors, "best"),
@@ -175,6 +178,11 @@ def restore_moments(
     for name, parameter in model.named_parameters():
         if name in moments:
             optimiser.state[parameter] = dict(moments[name])
+
+
+def _progress(values: Mapping[str, Any]) -> Progress:
+    epochs = tuple(EpochFigures(**figures) for figures in values.get("epochs", ()))
+    return Progress(**{**values, "epochs": epochs})
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

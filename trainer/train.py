@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from towers.checkpoint import EpochFigures
 from towers.errors import InvalidInputError
 from trainer import losses, state
 from trainer.config import TrainerConfig, TrainingConfig
@@ -173,18 +174,23 @@ def train_towers(
 
             metrics = validate(model, items, validation, config) if ranks.is_first else {}
             metric = ranks.first_says(metrics.get(config.evaluation.metric))
-            mean_loss, mean_masked = progress.loss_sum / num_steps, progress.masked_sum / num_steps
-            mean_left = progress.left_sum / math.ceil(num_steps / _STEPS_PER_ESTIMATE)
-            progress = _after_epoch(progress, metric, options.epochs, options.patience)
+            figures_of_epoch = EpochFigures(
+                loss=progress.loss_sum / num_steps,
+                masked=progress.masked_sum / num_steps,
+                left=progress.left_sum / math.ceil(num_steps / _STEPS_PER_ESTIMATE),
+                temperature=float(temperature().detach()),
+                metric=metric,
+            )
+            progress = _after_epoch(progress, figures_of_epoch, options.epochs, options.patience)
             is_best = progress.best_epoch == progress.epoch
             if is_best:
                 best = {name: value.detach().clone() for name, value in state.parameters_of(trained).items()}
             save()
             bar.update(task, best=progress.best_metric)
             console.print(
-                f"epoch {progress.epoch:>3}  loss {mean_loss:.4f}  "
+                f"epoch {progress.epoch:>3}  loss {figures_of_epoch.loss:.4f}  "
                 f"{_judged(config.evaluation.metric, metric, is_best)}"
-                f"masked {mean_masked:.2%}  left {mean_left:.3%}  {rate:>9,.0f} examples/s",
+                f"masked {figures_of_epoch.masked:.2%}  left {figures_of_epoch.left:.3%}  {rate:>9,.0f} examples/s",
                 highlight=False,
             )
     state.restore_parameters(trained, best)
@@ -262,8 +268,8 @@ def _judged(name: str, metric: float | None, is_best: bool) -> str:
     return "" if metric is None else f"validation {name} {metric:.4f}{' *' if is_best else '  '}  "
 
 
-def _after_epoch(progress: state.Progress, metric: float | None, epochs: int, patience: int) -> state.Progress:
-    epoch = progress.epoch + 1
+def _after_epoch(progress: state.Progress, figures: EpochFigures, epochs: int, patience: int) -> state.Progress:
+    epoch, metric = progress.epoch + 1, figures.metric
     is_best = progress.best_epoch == 0 or metric is None or metric > progress.best_metric
     best_epoch = epoch if is_best else progress.best_epoch
     return replace(
@@ -275,6 +281,7 @@ def _after_epoch(progress: state.Progress, metric: float | None, epochs: int, pa
         left_sum=0.0,
         best_epoch=best_epoch,
         best_metric=metric if is_best and metric is not None else progress.best_metric,
+        epochs=(*progress.epochs, figures),
         is_finished=epoch >= epochs or epoch - best_epoch >= patience,
     )
 

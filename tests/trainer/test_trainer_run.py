@@ -84,7 +84,8 @@ def test_training_publishes_a_checkpoint_that_services_load(world: Path) -> None
     screen = Screen(interrupt_at="Exported both towers")
     with pytest.raises(Interrupted, match=r"saved in .*run/state\.safetensors; the same command with --resume"):
         trained(world, screen)
-    assert "epoch   4" in screen.getvalue()
+    shown_epochs = [line for line in screen.getvalue().splitlines() if line.startswith("epoch")]
+    assert shown_epochs[-1].startswith("epoch   4")
     checkpoints = CheckpointStore(Store(str(world / "store")))
     assert checkpoints.versions() == []
 
@@ -111,6 +112,10 @@ def test_training_publishes_a_checkpoint_that_services_load(world: Path) -> None
         for name in ("recall", "ndcg", "mrr")
         for k in (5, 10)
     }
+    for shown, figures in zip(shown_epochs, manifest.epochs, strict=True):
+        assert f"loss {figures.loss:.4f}  validation recall_at_10 {figures.metric:.4f}" in shown
+    assert max(figures.metric or 0 for figures in manifest.epochs) == manifest.metrics["validation.recall_at_10"]
+    assert [figures.temperature for figures in manifest.epochs] == [pytest.approx(0.1)] * 4
     assert manifest.dim == 12
     assert manifest.config["model"]["query_hidden"] == [24]
     assert manifest.parent_version is None

@@ -1,14 +1,26 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from towers.checkpoint import EpochFigures
 from towers.errors import CorruptArtefactError, InvalidInputError
 from trainer import state
 
 STATE = state.RunState(
-    progress=state.Progress(epoch=3, step=2, loss_sum=1.5, best_epoch=1, best_metric=0.25, published={"/store": 4}),
+    progress=state.Progress(
+        epoch=3,
+        step=2,
+        loss_sum=1.5,
+        best_epoch=1,
+        best_metric=0.25,
+        epochs=(EpochFigures(2.5, 0.1, 0.01, 0.1, 0.25), EpochFigures(1.5, 0.1, 0.01, 0.09, None)),
+        published={"/store": 4},
+    ),
     origin={"config": {"training": {"seed": 1}}, "file": {"items": "abc"}},
     parameters={"a.weight": torch.arange(6.0).reshape(2, 3)},
     best_parameters={"a.weight": torch.ones(2, 3)},
@@ -32,6 +44,17 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert [entry.name for entry in path.parent.iterdir()] == [state.STATE_FILE]
+
+
+def test_a_state_from_before_epochs_were_kept_can_be_resumed(tmp_path: Path) -> None:
+    path = tmp_path / state.STATE_FILE
+    state.save_state(path, STATE)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    progress = json.loads(metadata["progress"])
+    del progress["epochs"]
+    save_file(tensors, path, metadata | {"progress": json.dumps(progress)})
+    assert state.load_state(path).progress == dataclasses.replace(STATE.progress, epochs=())
 
 
 def test_a_loaded_state_survives_the_next_save(tmp_path: Path) -> None:
