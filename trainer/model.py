@@ -154,8 +154,11 @@ class TwoTowers(nn.Module):
 
 
 def normalised(embeddings: Tensor) -> Tensor:
-    """Unit vectors `[…, D]`. A zero vector stays zero, and both its value and its gradient are finite."""
-    return embeddings * torch.rsqrt(embeddings.square().sum(dim=-1, keepdim=True) + _SQUARED_NORM_FLOOR)
+    """Unit vectors `[…, D]`. A zero vector stays zero, and both its value and its gradient are finite.
+
+    The floor is a maximum, because the ONNX exporter takes the addition of so small a constant for none at all.
+    """
+    return embeddings * torch.rsqrt(embeddings.square().sum(dim=-1, keepdim=True).clamp_min(_SQUARED_NORM_FLOOR))
 
 
 def _start_as_sum(projection: nn.Linear, columns: Sequence[int], is_embedded: Sequence[bool]) -> None:

@@ -118,7 +118,7 @@ def test_weights_that_are_not_finite_are_refused(
         Tower(dataclasses.replace(published[owner], onnx=broken))
 
 
-def test_embeddings_must_be_unit_vectors(published: dict[Owner, TowerFiles], model: ToyModel) -> None:
+def test_embeddings_must_be_unit_vectors_or_zero(published: dict[Owner, TowerFiles], model: ToyModel) -> None:
     files = published["item"]
     graph = onnx.load_model_from_string(files.onnx)
     normalise = next(node for node in graph.graph.node if node.op_type == "LpNormalization")
@@ -126,8 +126,13 @@ def test_embeddings_must_be_unit_vectors(published: dict[Owner, TowerFiles], mod
     del normalise.attribute[:]
     rows = [{"item_id": "1"}, {"item_id": "2"}]
     golden = GoldenExamples(features=rows, embeddings=model.item_table[2:4].astype(float).tolist())
-    with pytest.raises(GoldenDriftError, match="not unit vectors"):
-        Tower(dataclasses.replace(files, onnx=graph.SerializeToString(), golden=golden))
+    unnormalised = graph.SerializeToString()
+    with pytest.raises(GoldenDriftError, match="neither unit vectors nor zero"):
+        Tower(dataclasses.replace(files, onnx=unnormalised, golden=golden))
+    saying_nothing = _with_weights(unnormalised, np.zeros_like)
+    zero = GoldenExamples(features=rows, embeddings=np.zeros((2, 8)).tolist())
+    tower = Tower(dataclasses.replace(files, onnx=saying_nothing, golden=zero))
+    assert not tower.embed_rows(rows).any()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", bytes(1000)])

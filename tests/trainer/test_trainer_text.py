@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from towers.checkpoint import CheckpointStore
+from towers.checkpoint import CheckpointStore, GoldenExamples
 from towers.errors import CorruptArtefactError, InvalidInputError, InvalidSchemaError
 from towers.features import FeatureEncoder
 from towers.schema import FeatureSchema, TextFeature, parse_schema
@@ -25,6 +25,8 @@ from towers.tower import Tower
 from trainer import state
 from trainer.caching import Embedded
 from trainer.config import ModelConfig
+from trainer.export import export_onnx, load_unpublished
+from trainer.fit import FittedSchema
 from trainer.model import TwoTowers
 from trainer.run import Interrupted, train
 from trainer.text import pretrained_texts, read_tokenizer, trained_parameters, truncation_note, with_adapters_merged
@@ -111,6 +113,21 @@ def test_length_and_company_change_nothing(folder: Path, monkeypatch: pytest.Mon
     together = model.item({"passage": ids})
     monkeypatch.setattr("towers.text._TOKENS_AT_ONCE", 8)
     torch.testing.assert_close(model.item({"passage": torch.nn.functional.pad(ids, (0, 9))}), together)
+
+
+def test_no_text_is_zero_in_the_exported_tower_too(folder: Path) -> None:
+    """An untrained projection has no bias to fall back on: all that normalises is the floor."""
+    schema = parse_schema(features(folder))
+    model, encoder = build(features(folder))
+    model.eval()
+    rows: list[dict[str, Any]] = [{"passage": text} for text in ("red apple", "", None)]
+    expected = model.item({"passage": ids_of(encoder, ["red apple", "", None])}).detach().numpy()
+    fitted = FittedSchema(schema, {}, tokenizers_of(schema))
+    golden = GoldenExamples(features=rows, embeddings=expected.tolist())
+    tower = load_unpublished("item", export_onnx(with_adapters_merged(model.item), encoder), golden, fitted)
+    embeddings = tower.embed_rows([*rows, {}])
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), [1, 0, 0, 0], atol=1e-5)
+    np.testing.assert_allclose(tower.embed_rows([{}]), np.zeros((1, WIDTH)))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full", "projection"])
