@@ -32,19 +32,33 @@ def catalog() -> None:
 
 @app.command()
 def load(
-    items: Annotated[Path, typer.Argument(help="A Parquet or CSV file, one row per item.", metavar="ITEMS")],
+    items: Annotated[
+        Path,
+        typer.Argument(
+            help="A Parquet or CSV file, one row per item; documents: a JSONL file as BEIR's corpus.jsonl, or a folder "
+            "of .txt and .md files; or the configuration of a training, CONFIG.toml, whose items are meant.",
+            metavar="ITEMS",
+        ),
+    ],
     store: options.StoreUrl = DEFAULT_STORE,
-    id_column: Annotated[str, typer.Option(help="Column that holds the ids of the items.", metavar="NAME")] = "item_id",
+    id_column: Annotated[
+        str | None,
+        typer.Option(help="Column of a table that holds the ids of the items.", metavar="NAME", show_default="item_id"),
+    ] = None,
     separator: Annotated[
-        str, typer.Option(help="What separates the columns of a CSV file.", metavar="CHARACTER")
-    ] = ",",
+        str | None,
+        typer.Option(help="What separates the columns of a CSV file.", metavar="CHARACTER", show_default=","),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data files, instead of the configuration's.", metavar="FOLDER")
+    ] = None,
 ) -> None:
     """Add items, or replace those with the same id."""
     from cli.screen import say
     from towers.catalogue import Catalogue
     from towers.store import Store
 
-    table = read_items(items, id_column, separator)
+    table = _read(items, id_column, separator, data)
     report = Catalogue(Store(store)).upsert(table)
     say(
         f"{report.num_rows:,} rows read, {report.num_items:,} items upserted, "
@@ -176,6 +190,35 @@ def _read_ids(path: Path) -> list[str]:
         raise InvalidInputError(f"{path}: it cannot be read: {error}") from error
 
 
+def _read(path: Path, id_column: str | None, separator: str | None, data: Path | None) -> "pa.Table":
+    """Reads items of whatever form, by the ending of the path.
+
+    Raises:
+        InvalidInputError: they cannot be read, or an option is given that this form does not need.
+    """
+    from towers.errors import InvalidInputError
+    from trainer.beir import read_documents
+    from trainer.config import read_config
+
+    is_config, is_documents = path.suffix.lower() == ".toml", path.suffix.lower() == ".jsonl" or path.is_dir()
+    if data is not None and not is_config:
+        raise InvalidInputError(f"--data {data}: {path} names its file itself; leave --data out, or give a CONFIG.toml")
+    of_tables = [name for name, value in (("--id-column", id_column), ("--separator", separator)) if value is not None]
+    if of_tables and (is_config or is_documents):
+        raise InvalidInputError(f"{path}: it says by itself what its columns are; leave out {' and '.join(of_tables)}")
+    if is_documents:
+        return read_documents(path)
+    if not is_config:
+        return read_items(path, id_column or "item_id", separator or ",")
+    config = read_config(path).data
+    items = (path.parent / config.folder if data is None else data) / config.items
+    return (
+        read_documents(items)
+        if config.layout == "beir"
+        else read_items(items, config.item_id_column, config.csv_separator)
+    )
+
+
 def read_items(path: Path, id_column: str = "item_id", separator: str = ",") -> "pa.Table":
     """Reads a table of items.
 
@@ -202,7 +245,10 @@ def read_items(path: Path, id_column: str = "item_id", separator: str = ",") -> 
             case ".csv":
                 table = _read_csv(path, id_column, separator)
             case _:
-                raise InvalidInputError(f"{path}: items are read from .parquet and .csv files")
+                raise InvalidInputError(
+                    f"{path}: items are read from .parquet, .csv and .jsonl files, from folders of documents, and as "
+                    "a CONFIG.toml names them"
+                )
     except OSError as error:
         raise InvalidInputError(f"{path}: it cannot be read: {error.strerror or error}") from error
     except pa.ArrowException as error:

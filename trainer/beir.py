@@ -23,6 +23,7 @@ _PART_OF = {"train": "train", "dev": "validation", "test": "test"}
 _JUDGEMENTS_NAME = re.compile(rf"(?:.*[_.-])?({'|'.join(_PART_OF)})")
 _JUDGEMENT_COLUMNS = ("query-id", "corpus-id", "score")
 _VALIDATION_SHARE = 0.1
+_DOCUMENT_ENDINGS = (".txt", ".md")
 COLUMNS = DataConfig(interactions="judgements", items="documents", split_column="split")
 """How the columns of the judgements are named: as is usual, with a split."""
 
@@ -30,18 +31,41 @@ COLUMNS = DataConfig(interactions="judgements", items="documents", split_column=
 def read_documents(path: Path) -> pa.Table:
     """Columns `item_id`, `title`, `text` and `document`, which is both joined by a space, the title first.
 
+    Args:
+        path: A JSONL or Parquet file with a record for each document; or a folder, in which each file that ends in
+            `.txt` or `.md` is one: its id is its path in there, its title the first line, without the `#` of a
+            heading, its text the rest.
+
     Raises:
-        InvalidInputError: the file cannot be read, or a record lacks a field. The message names line and field.
+        InvalidInputError: a file cannot be read, or a record lacks a field. The message names line and field.
     """
-    ids, titles, texts = [], [], []
-    for place, record in _records(path, "items"):
-        ids.append(_text_of(record, _id_name(record, "doc_id"), path, place))
-        titles.append(_text_of(record, "title", path, place) if record.get("title") is not None else "")
-        texts.append(_text_of(record, "text", path, place))
+    found = list(_in_folder(path) if path.is_dir() else _in_records(path))
+    ids, titles, texts = zip(*found, strict=True) if found else ((), (), ())
     documents = [f"{title} {text}".strip() for title, text in zip(titles, texts, strict=True)]
     return pa.table({"item_id": _strings(ids), "title": _strings(titles), "text": _strings(texts)}).append_column(
         "document", _strings(documents)
     )
+
+
+def document_files(folder: Path) -> list[Path]:
+    """The files of a folder that are documents, in order of their paths; hidden ones are not.
+
+    Raises:
+        InvalidInputError: there is none.
+    """
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in _DOCUMENT_ENDINGS
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not files:
+        raise InvalidInputError(
+            f"{folder}: no file in it ends in {' or '.join(_DOCUMENT_ENDINGS)}; [data] items needs a file, or with "
+            'layout = "beir" a folder of documents'
+        )
+    return files
 
 
 def read_queries(path: Path) -> pa.Table:
@@ -109,6 +133,22 @@ def read_judgements(files: Sequence[Path], queries: pa.Table) -> tuple[pa.Table,
     query_ids, document_ids, split = zip(*pairs, strict=True)
     columns = {"user_id": _strings(query_ids), "item_id": _strings(document_ids), "split": _strings(split)}
     return pa.table(columns).append_column("timestamp", pa.array([0] * len(pairs))), notes
+
+
+def _in_records(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Id, title and text of each document."""
+    for place, record in _records(path, "items"):
+        yield (
+            _text_of(record, _id_name(record, "doc_id"), path, place),
+            _text_of(record, "title", path, place) if record.get("title") is not None else "",
+            _text_of(record, "text", path, place),
+        )
+
+
+def _in_folder(folder: Path) -> Iterator[tuple[str, str, str]]:
+    for file in document_files(folder):
+        title, _, text = "\n".join(line for _, line in _lines(file, "items")).partition("\n")
+        yield file.relative_to(folder).as_posix(), title.lstrip("# ").strip(), text.strip()
 
 
 def _asked_once(

@@ -189,7 +189,12 @@ def digest_files(paths: Mapping[str, Path]) -> dict[str, str]:
     """
     digests = {}
     for table, path in paths.items():
-        of_files = [_digest(file, table) for file in _files(path, table)]
+        if table == "items" and path.is_dir():
+            # Their names are data too: the ids of the documents.
+            documents = beir.document_files(path)
+            of_files = [file.relative_to(path).as_posix() + _digest(file, table) for file in documents]
+        else:
+            of_files = [_digest(file, table) for file in _files(path, table)]
         digests[table] = of_files[0] if len(of_files) == 1 else hashlib.sha256("".join(of_files).encode()).hexdigest()
     return digests
 

@@ -7,10 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 from command_outcome import Twotower
 
+import trainer
 from cli.catalog import read_items
 from towers.catalogue import Catalogue
 from towers.errors import InvalidInputError
 from towers.store import Store
+
+CONFIGS = Path(trainer.__file__).parent / "configs"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -111,3 +114,86 @@ def test_compact_of_nothing_says_what_to_do(twotower: Twotower, tmp_path: Path) 
     outcome = twotower("catalog", "compact", "--store", str(tmp_path / "store"))
     assert outcome.exit_code == 1
     assert "twotower catalog load" in outcome.err
+
+
+def documents(folder: Path) -> Path:
+    """Two documents and files that are none."""
+    (folder / "guides" / ".cache").mkdir(parents=True)
+    (folder / "guides" / "cats.md").write_text("# Cats\n\nThey purr.\nThey sleep.\n")
+    (folder / "dogs.txt").write_text("Dogs")
+    for name in ("picture.png", "guides/.cache/old.md"):
+        (folder / name).write_bytes(b"\xff")
+    return folder
+
+
+def loaded(store: str) -> list[dict[str, str]]:
+    return Catalogue(Store(store)).read().items.to_pylist()
+
+
+CATS_AND_DOGS = [
+    {"item_id": "dogs.txt", "title": "Dogs", "text": "", "document": "Dogs"},
+    {
+        "item_id": "guides/cats.md",
+        "title": "Cats",
+        "text": "They purr.\nThey sleep.",
+        "document": "Cats They purr.\nThey sleep.",
+    },
+]
+
+
+def test_a_folder_of_documents(twotower: Twotower, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    outcome = twotower("catalog", "load", str(documents(tmp_path / "documents")), "--store", store)
+    assert (outcome.exit_code, outcome.err) == (0, "")
+    assert loaded(store) == CATS_AND_DOGS
+
+
+def test_a_corpus_and_the_configuration_that_names_it(twotower: Twotower, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"_id": "d1", "title": "Cats", "text": "They purr.", "metadata": {}}\n')
+    assert twotower("catalog", "load", str(corpus), "--store", str(tmp_path / "first")).exit_code == 0
+    expected = [{"item_id": "d1", "title": "Cats", "text": "They purr.", "document": "Cats They purr."}]
+    assert loaded(str(tmp_path / "first")) == expected
+
+    config = CONFIGS / "scifact.toml"
+    options = ("--data", str(tmp_path), "--store", str(tmp_path / "second"))
+    outcome = twotower("catalog", "load", str(config), *options)
+    assert (outcome.exit_code, outcome.err) == (0, "")
+    assert loaded(str(tmp_path / "second")) == expected
+
+
+def test_the_items_of_a_configuration(twotower: Twotower, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "films.csv").write_text("film;title\n7;G\n")
+    config = tmp_path / "films.toml"
+    config.write_text(
+        '[data]\nfolder = "data"\ninteractions = "seen.csv"\nitems = "films.csv"\nitem_id_column = "film"\n'
+        'csv_separator = ";"\n[[features]]\nname = "film"\nowner = "item"\nkind = "categorical"\n'
+        '[[features]]\nname = "user_id"\nowner = "query"\nkind = "categorical"\n[model]\ndim = 4\n'
+    )
+    store = str(tmp_path / "store")
+    outcome = twotower("catalog", "load", str(config), "--store", store)
+    assert (outcome.exit_code, outcome.err) == (0, "")
+    assert loaded(store) == [{"item_id": "7", "title": "G"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("corpus.jsonl",), "corpus.jsonl: line 1: field 'text' is missing; give a string"),
+        (("empty",), "no file in it ends in .txt or .md"),
+        (("empty", "--id-column", "x"), "it says by itself what its columns are; leave out --id-column"),
+        (("items.csv", "--data", "x"), "leave --data out, or give a CONFIG.toml"),
+        (("missing.toml",), "cannot be read"),
+        (("items.xml",), "items are read from .parquet, .csv and .jsonl files"),
+    ],
+)
+def test_documents_that_cannot_be_read(
+    twotower: Twotower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("corpus.jsonl").write_text('{"_id": "d1", "title": "Cats"}\n')
+    outcome = twotower("catalog", "load", *arguments, "--store", "store")
+    assert (outcome.exit_code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert words in outcome.err

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,28 @@ def read(
 def pairs(found: TrainingData, part: str) -> set[tuple[str, str]]:
     positions = getattr(found.split, part)
     return {(found.users.ids[found.log.users[p]], found.items.ids[found.log.items[p]]) for p in positions}
+
+
+def test_a_folder_of_documents_is_a_corpus(tmp_path: Path) -> None:
+    write(tmp_path, train=TRAIN, test=TEST)
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for name, title, text in DOCUMENTS:
+        (folder / f"{name}.md").write_text(f"# {title}\n\n{text}\n" if title else f"{text}\n")
+    for judgements in (tmp_path / "qrels").iterdir():
+        judgements.write_text(re.sub(r"\bd([123])\b", r"d\1.md", judgements.read_text()))
+    config = AS_WRITTEN.model_copy(update={"items": "documents"})
+    found = read(tmp_path, config)
+    assert found.items.ids == ["d1.md", "d2.md", "d3.md"]
+    assert found.items.columns["document"] == ["Cats They purr.", "Dogs bark.", "Birds They sing."]
+    assert pairs(found, "test") == {("q18", "d3.md"), ("q18", "d1.md"), ("q19", "d3.md")}
+
+    digests = {data.digest_files(data.data_files(config, tmp_path))["items"]}
+    (folder / "d3.md").rename(folder / "d4.md")
+    digests.add(data.digest_files(data.data_files(config, tmp_path))["items"])
+    (folder / "d4.md").write_text("Fish\n")
+    digests.add(data.digest_files(data.data_files(config, tmp_path))["items"])
+    assert len(digests) == 3
 
 
 def test_documents_queries_and_judgements_become_items_users_and_interactions(tmp_path: Path) -> None:
