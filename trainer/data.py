@@ -3,11 +3,13 @@
 Deliberately does not know how features are encoded, nor what is trained on them.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +22,9 @@ from numpy.typing import NDArray
 
 from towers.errors import InvalidFeatureError, InvalidInputError
 from towers.features import RawValue, category_token
-from towers.schema import Feature, FeatureSchema
+from towers.schema import Feature, FeatureSchema, NumberFeature
 from trainer import beir
+from trainer.as_of import Popularity
 from trainer.config import DataConfig
 from trainer.separation import MISSING, Coded, crossing
 
@@ -95,6 +98,14 @@ class TrainingData:
     crossings: tuple[str, ...] = ()
     """Which columns of one side differ between rows of the other, one line each: features that are in no tower."""
 
+    @cached_property
+    def popularity(self) -> Popularity:
+        """Of the items, from the interactions that training knows."""
+        known = self.split.train
+        if self.log.parts is not None:
+            known = np.union1d(known, np.flatnonzero(self.log.parts == PARTS.index("history")))
+        return Popularity.of(self.log.items[known], self.log.timestamps_s[known])
+
 
 @dataclass(frozen=True)
 class _Interactions:
@@ -142,7 +153,28 @@ def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> Traini
     log = order_by_time(user_rows[kept], rows[kept], interactions.timestamps_s[kept], weights, parts)
     split = split_by_time(log) if log.parts is None else split_as_given(log.parts)
     _check_enough(log, split, interactions)
-    return TrainingData(users, items, log, split, (*read_notes, *log_notes, *unlisted_notes), tuple(crossings))
+    tables = TrainingData(users, items, log, split, (*read_notes, *log_notes, *unlisted_notes), tuple(crossings))
+    counted = [
+        feature
+        for feature in schema.of("item")
+        if isinstance(feature, NumberFeature) and feature.source == "popularity"
+    ]
+    return dataclasses.replace(tables, items=_with_popularity(tables, counted)) if counted else tables
+
+
+def _with_popularity(tables: TrainingData, features: Sequence[NumberFeature]) -> Entities:
+    """The items with columns that count interactions, as they are once the last one trained on is past."""
+    items, columns = tables.items, dict(tables.items.columns)
+    last_s = tables.log.timestamps_s[tables.split.train].max()
+    rows, after_s = np.arange(len(items.ids)), np.full(len(items.ids), np.nextafter(last_s, math.inf))
+    for feature in features:
+        if feature.column in columns:
+            raise InvalidInputError(
+                f"feature {feature.name!r}: its column {feature.column!r} is another feature's; popularity is counted, "
+                "give it a column of its own"
+            )
+        columns[feature.column] = tables.popularity.before(rows, after_s, feature.window_days).tolist()
+    return Entities(items.ids, columns, items.name)
 
 
 def _read_tables(

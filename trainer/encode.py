@@ -17,6 +17,7 @@ from torch import Tensor
 from towers.errors import InvalidFeatureError, InvalidInputError
 from towers.features import Arrays, FeatureEncoder, RawValue
 from towers.schema import Owner, SequenceFeature, TextFeature
+from trainer.as_of import ItemsAsOf
 from trainer.data import Entities, InteractionLog, TrainingData
 from trainer.fit import FittedSchema
 from trainer.text import truncation_note
@@ -231,6 +232,11 @@ class DataEncoder:
         """
         arrays = _encode(self.item, self._item_columns, self._data.items)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def items_as_of(self, positions: NDArray[np.int64]) -> ItemsAsOf:
+        """What of the items changes with time, for interactions at positions of the log."""
+        moments_s = self._data.log.timestamps_s[positions]
+        return ItemsAsOf(self.item, self._item_columns, self._data.popularity, moments_s)
 
     def truncation_notes(self) -> list[str]:
         """Says of each text with a pretrained encoder how many lose their end, where any does."""

@@ -69,6 +69,10 @@ def fit_schema(schema: FeatureSchema, data: TrainingData, split: Split) -> Fitte
             case CategoricalFeature() | CategoricalListFeature() if feature.hash_buckets is None:
                 vocabularies[feature.name] = learn_vocabulary(values, counts[feature.owner], feature.min_count)
                 features.append(feature)
+            case NumberFeature() if feature.source == "popularity":
+                moments_s = data.log.timestamps_s[split.train]
+                seen = data.popularity.before(rows["item"], moments_s, feature.window_days)
+                features.append(learn_statistics(feature, seen.tolist(), np.ones(len(seen), dtype=np.int64)))
             case NumberFeature():
                 features.append(learn_statistics(feature, values, counts[feature.owner]))
             case TimestampFeature():

@@ -245,6 +245,7 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
             positives,
             losses.log_sampling_probabilities(item_counts),
             _weights(tables.log, split.train),
+            encoder.items_as_of(split.train) if config.training.items_as_of == "interaction" else None,
         ),
         validation=_held_out(tables.log, split.validation, encoder, config),
         test=test,

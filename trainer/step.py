@@ -4,12 +4,14 @@ Deliberately does not know optimisers, epochs, nor where the examples come from.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trainer import losses
+from trainer.as_of import ItemsAsOf
 from trainer.caching import Embedded
 from trainer.config import TrainingConfig
 from trainer.encode import Tensors, TrainingQueries
@@ -32,6 +34,8 @@ class TrainingExamples:
     """`[I]` log probability that a batch place holds an item."""
     weights: Tensor | None
     """`[N]` what the loss of each interaction is multiplied by, 1 on average; None where all count alike."""
+    as_of: ItemsAsOf | None
+    """What of the items changes with time; None where they are as at the end of the training data."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class _Asked:
     """`[B]` its item."""
     weights: Tensor | None
     """`[B]` what its loss is multiplied by; None where all count alike."""
+    moments_s: Tensor | None
+    """`[B]` when it was; None where items are the same at all times."""
     likes: Likes
     mask_known_positives: bool
 
@@ -69,6 +75,7 @@ class _Asked:
             askers,
             examples.positives[batch],
             None if examples.weights is None else examples.weights[batch],
+            None if examples.as_of is None else examples.as_of.moments_s[batch],
             likes,
             options.mask_known_positives,
         )
@@ -135,8 +142,16 @@ def backward(
     asked, chunk_size = _Asked.of(examples, rows, likes, options), options.chunk_size
     num_queries, batch_size = len(asked.users), len(asked.positives)
 
-    def embed_items(some: Tensor) -> Tensor:
-        return model.item(take(items, some))  # type: ignore[no-any-return]
+    def items_of(ids: Tensor, askers: Tensor) -> Callable[[Tensor], Tensor]:
+        """Embeddings of places `[R]` among those of items `[C]`, each as of when an interaction `[C]` was."""
+
+        def embed(places: Tensor) -> Tensor:
+            features = take(items, ids[places])
+            if examples.as_of is not None and asked.moments_s is not None:
+                features |= examples.as_of.features(ids[places], asked.moments_s[askers[places]])
+            return model.item(features)  # type: ignore[no-any-return]
+
+        return embed
 
     def embed_queries(some: Tensor) -> Tensor:
         return model.query(examples.queries.batch(some), examples.queries.places(some))  # type: ignore[no-any-return]
@@ -146,7 +161,10 @@ def backward(
 
     queries = Everywhere(embed_queries, rows, count_queries, chunk_size, ranks)
     fresh, columns = sources.candidates(asked.positives, epoch, step)
-    scored = Everywhere(embed_items, fresh.ids, len, chunk_size, ranks)
+    fresh_places = torch.arange(len(fresh.ids))
+    # Positives stand first, as of their own interactions; uniform draws as of one each, in turn.
+    embed_fresh = items_of(fresh.ids, fresh_places % batch_size)
+    scored = Everywhere(embed_fresh, fresh_places, len, chunk_size, ranks)
     remembered, remembered_embeddings = sources.remembered()
     candidates = joined([fresh, remembered])
     item_embeddings, num_columns = torch.cat([scored.embeddings, remembered_embeddings]), len(candidates.ids)
@@ -155,7 +173,11 @@ def backward(
     log_counts = candidates.log_q + math.log(num_columns) if is_corrected else torch.zeros(num_columns)
     first = int(queries.own[0]) if len(queries.own) else 0
     hard = sources.hard(queries.embeddings.detach(), queries.own, asked.each_liked, epoch, step)
-    mined = None if hard is None else Embedded(embed_items, hard.items(), chunk_size)
+    mined = None
+    if hard is not None:
+        ids = hard.items()
+        embed_hard = items_of(ids, queries.own.repeat_interleave(hard.ids.shape[1]))
+        mined = Embedded(embed_hard, torch.arange(len(ids)), chunk_size)
 
     def of_part(part: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of what the queries at some places ask for; how many negatives are masked, are left, and there are."""

@@ -29,6 +29,7 @@ CASES: list[tuple[dict[str, Any], int]] = [
     ({"history__pooling": "transformer", "model__transformer_dropout": 0.0, **HARD}, 61),
     ({"training__history_share": 0.5, **HARD}, 61),
     ({"model__matryoshka_dims": [3, 6], "training__memory": 40, "training__symmetric": True, **HARD}, 61),
+    ({"training__items_as_of": "interaction", "training__uniform_negatives": 15, **HARD}, 61),
     # The second step has one row for two processes.
     ({"training__memory": 40, **HARD}, 3),
 ]
