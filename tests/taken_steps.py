@@ -17,6 +17,7 @@ from trainer.config import TrainerConfig
 from trainer.likes import Likes
 from trainer.model import TwoTowers
 from trainer.negatives import Sources
+from trainer.optimisers import Optimisers
 from trainer.ranks import ALONE, Ranks, joined
 from trainer.run import prepare
 from trainer.step import StepFigures, backward
@@ -28,11 +29,12 @@ NUM_ROWS = 61
 def take_steps(
     config: TrainerConfig, folder: Path, num_rows: int = NUM_ROWS, num_steps: int = 2, ranks: Ranks = ALONE
 ) -> tuple[StepFigures, dict[str, Tensor]]:
-    """Figures of the last of some steps over the toy world's first rows, and the sum of their gradients."""
+    """Figures of the last of some steps over the toy world's first rows, and the sum of their gradients, dense."""
     prepared = prepare(config, folder)
     torch.manual_seed(0)
     model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model).train()
     temperature = losses.Temperature(0.1, is_learned=True)
+    Optimisers(model, temperature, config.training)
     examples, num_items = prepared.examples, len(prepared.item_counts)
     users = examples.queries.users
     likes = Likes.of(users, examples.positives, int(users.max()) + 1, num_items)
@@ -49,7 +51,7 @@ def take_steps(
         )
         for name, parameter in trained.named_parameters():
             if parameter.grad is not None:
-                gradients[name] = gradients.get(name, 0) + parameter.grad
+                gradients[name] = gradients.get(name, 0) + parameter.grad.to_dense()
     return figures, gradients
 
 

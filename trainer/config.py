@@ -28,6 +28,7 @@ Activation = Literal["relu", "gelu", "silu"]
 Normalisation = Literal["none", "layer"]
 Negatives = Literal["batch", "all"]
 LogQ = Literal["counts", "streaming", "none"]
+TableOptimiser = Literal["adamw", "adagrad"]
 Schedule = Literal["constant", "linear", "cosine"]
 Moment = Literal["end", "interaction"]
 Layout = Literal["tables", "beir"]
@@ -129,6 +130,10 @@ class TrainingConfig(_Table):
     learning_rate: float = Field(default=0.001, gt=0)
     encoder_learning_rate: float | None = Field(default=None, gt=0)
     """Of pretrained text encoders and their adapters. None: that of all else."""
+    table_optimiser: TableOptimiser = "adamw"
+    """Of embedding tables: AdamW, as of all else, or row-wise Adagrad (`trainer.optimisers.RowwiseAdagrad`)."""
+    table_learning_rate: float | None = Field(default=None, gt=0)
+    """Of embedding tables. None: that of all else."""
     schedule: Schedule = "constant"
     """Of the learning rate, over all `epochs`: as it is, or down to zero."""
     warmup_steps: int = Field(default=0, ge=0)

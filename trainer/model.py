@@ -20,7 +20,8 @@ from towers.schema import (
 )
 from towers.tower import input_name
 from trainer.config import Activation, ModelConfig
-from trainer.pooling import AttentionPooling, CausalTransformer, MeanPooling
+from trainer.pooling import AttentionPooling, CausalTransformer
+from trainer.tables import Table
 from trainer.text import PretrainedText, pretrained_texts
 
 _SQUARED_NORM_FLOOR = 1e-12
@@ -34,7 +35,7 @@ class TowerNetwork(nn.Module):
     def __init__(
         self,
         features: Sequence[Feature],
-        tables: Mapping[str, nn.Embedding | PretrainedText],
+        tables: Mapping[str, Table | PretrainedText],
         widths: Mapping[str, int],
         hidden: Sequence[int],
         config: ModelConfig,
@@ -58,9 +59,15 @@ class TowerNetwork(nn.Module):
             {
                 input_name(feature.name): _pooling(feature, tables[feature.name].embedding_dim, config)
                 for feature in features
-                if isinstance(feature, CategoricalListFeature | SequenceFeature | TextFeature)
-                and isinstance(tables[feature.name], nn.Embedding)
+                if isinstance(feature, SequenceFeature) and feature.pooling != "mean"
             }
+        )
+        self._averaged = frozenset(
+            input_name(feature.name)
+            for feature in features
+            if isinstance(feature, CategoricalListFeature | SequenceFeature | TextFeature)
+            and isinstance(tables[feature.name], Table)
+            and input_name(feature.name) not in self.pooling
         )
         layers: list[nn.Module] = [nn.Dropout(config.dropout)]
         columns = [
@@ -102,9 +109,11 @@ class TowerNetwork(nn.Module):
 
     def _vector(self, feature: Feature, values: Tensor, places: Tensor | None) -> Tensor:
         name = input_name(feature.name)
-        vectors = values  # [W, columns], [W] or [W, L]
+        vectors = values  # [W, columns]
         if name in self.tables:
-            vectors = self.tables[name](values)  # [W, E] or [W, L, E]
+            table = self.tables[name]
+            read = table.mean if isinstance(table, Table) and name in self._averaged else table
+            vectors = read(values)  # [W, E] or [W, L, E]
         if name in self.pooling:
             pooling = self.pooling[name]
             if places is not None and isinstance(pooling, CausalTransformer):
@@ -132,7 +141,7 @@ class TwoTowers(nn.Module):
         """
         super().__init__()
         encoders = {"query": query_encoder, "item": item_encoder}
-        tables: dict[str, nn.Embedding | PretrainedText] = {
+        tables: dict[str, Table | PretrainedText] = {
             feature.name: _table(feature, encoders[feature.owner].num_ids(feature.name), config)
             for feature in schema.features
             if _has_own_table(feature)
@@ -175,9 +184,9 @@ def _start_as_sum(projection: nn.Linear, columns: Sequence[int], is_embedded: Se
                 block.copy_(torch.eye(*block.shape))
 
 
-def _table(feature: Feature, num_ids: int, config: ModelConfig) -> nn.Embedding:
+def _table(feature: Feature, num_ids: int, config: ModelConfig) -> Table:
     """A table whose missing and unknown rows say nothing at first."""
-    table = nn.Embedding(num_ids, _embedding_dim(feature, config))
+    table = Table(num_ids, _embedding_dim(feature, config))
     nn.init.normal_(table.weight, std=_TABLE_STD)
     has_unknown = isinstance(feature, CategoricalFeature | CategoricalListFeature) and feature.hash_buckets is None
     with torch.no_grad():
@@ -185,20 +194,16 @@ def _table(feature: Feature, num_ids: int, config: ModelConfig) -> nn.Embedding:
     return table
 
 
-def _pooling(
-    feature: CategoricalListFeature | SequenceFeature | TextFeature, width: int, config: ModelConfig
-) -> nn.Module:
-    if isinstance(feature, SequenceFeature) and feature.pooling == "attention":
+def _pooling(feature: SequenceFeature, width: int, config: ModelConfig) -> nn.Module:
+    if feature.pooling == "attention":
         return AttentionPooling(width, feature.max_length)
-    if isinstance(feature, SequenceFeature) and feature.pooling == "transformer":
-        return CausalTransformer(
-            width,
-            feature.max_length,
-            config.transformer_blocks,
-            config.transformer_heads,
-            config.transformer_dropout,
-        )
-    return MeanPooling()
+    return CausalTransformer(
+        width,
+        feature.max_length,
+        config.transformer_blocks,
+        config.transformer_heads,
+        config.transformer_dropout,
+    )
 
 
 def _has_own_table(feature: Feature) -> bool:

@@ -1,4 +1,4 @@
-"""How the rows of a list become one vector: their mean, by attention, or what a causal transformer makes of them.
+"""How the rows of a list become one vector where that is learned: by attention, or by a causal transformer.
 
 Deliberately does not know features, tables or towers: rows in, vectors out.
 """
@@ -10,22 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _START_STD = 0.05
-
-
-class MeanPooling(nn.Module):
-    """The mean of the entries that are there; a masked gather, which ONNX Runtime runs faster than an EmbeddingBag."""
-
-    def forward(self, rows: Tensor, is_present: Tensor) -> Tensor:
-        """Zero where there is no entry.
-
-        Args:
-            rows: `[B, L, E]`
-            is_present: `[B, L]`
-
-        Returns:
-            `[B, E]`
-        """
-        return _weighted_mean(rows, is_present.to(rows.dtype))
 
 
 class AttentionPooling(nn.Module):

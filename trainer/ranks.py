@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from trainer.caching import Embed, Embedded
+from trainer.tables import sparse, summed_rows
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,24 @@ class Ranks:
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gives all processes the sum of their gradients; one that has none of a parameter adds nothing."""
+        """Gives all processes the sum of their gradients; one that has none of a parameter adds nothing.
+
+        Sparse ones are those of tables, of which each process has one, since each runs both towers.
+        """
         if self.size > 1:
             for parameter in parameters:
-                if parameter.requires_grad:
-                    parameter.grad = self.summed(
-                        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    )
+                if not parameter.requires_grad:
+                    continue
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self._rows_summed(gradient) if gradient.is_sparse else self.summed(gradient)
+
+    def _rows_summed(self, gradient: Tensor) -> Tensor:
+        """The same of a sparse gradient of which each process has other rows."""
+        rows, values = summed_rows(gradient)
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(rows)
+        all_sizes = self.summed(sizes).tolist()
+        return sparse(self.gathered(rows, all_sizes), self.gathered(values, all_sizes), gradient.shape)
 
     def is_any(self, is_so: bool) -> bool:
         """Whether it is so in any process."""

@@ -23,8 +23,8 @@ from towers.errors import CorruptArtefactError, InvalidInputError
 STATE_FILE = "state.safetensors"
 _LOCK_FILE = "lock"
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps for each parameter."""
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "sum")
+"""What AdamW keeps for each parameter, and Adagrad for each table."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class RunState:
     best_parameters: Mapping[str, Tensor]
     """Empty before the first validation."""
     moments: Mapping[str, Mapping[str, Tensor]]
-    """The optimiser's, by parameter; empty before the first step."""
+    """The optimisers', by parameter."""
     sources: Mapping[str, Tensor]
     """What the next step's negatives depend on."""
 
@@ -155,29 +155,11 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def moments_of(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """The optimiser's moments by parameter name."""
-    return {
-        name: {moment: optimiser.state[parameter][moment] for moment in _MOMENTS}
-        for name, parameter in model.named_parameters()
-        if parameter in optimiser.state
-    }
-
-
 def restore_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     """Copies parameters into a model of the same shape."""
     with torch.no_grad():
         for name, parameter in parameters_of(model).items():
             parameter.copy_(parameters[name])
-
-
-def restore_moments(
-    model: nn.Module, optimiser: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Copies moments into an optimiser of the same model."""
-    for name, parameter in model.named_parameters():
-        if name in moments:
-            optimiser.state[parameter] = dict(moments[name])
 
 
 def _progress(values: Mapping[str, Any]) -> Progress:

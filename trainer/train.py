@@ -30,10 +30,10 @@ from trainer.evaluate import ScoreRows, embedding_scores, evaluate
 from trainer.likes import Likes
 from trainer.model import TowerNetwork, TwoTowers
 from trainer.negatives import Sources
+from trainer.optimisers import Optimisers
 from trainer.questions import Questions
 from trainer.ranks import ALONE, Ranks
 from trainer.step import StepFigures, TrainingExamples, backward, take
-from trainer.text import trained_parameters
 
 _ROWS_AT_ONCE = 1024
 _STEPS_PER_ESTIMATE = 16
@@ -91,17 +91,7 @@ def train_towers(
     options, num_items = config.training, len(examples.log_q)
     temperature = losses.Temperature(options.temperature, options.learn_temperature)
     trained = nn.ModuleDict({"towers": model, "temperature": temperature})
-    layers, encoders = trained_parameters(model)
-    encoder_share = (options.encoder_learning_rate or options.learning_rate) / options.learning_rate
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": layers, "weight_decay": options.weight_decay, "share": 1.0},
-            {"params": encoders, "weight_decay": options.weight_decay, "share": encoder_share},
-            {"params": [*temperature.parameters()], "weight_decay": 0.0, "share": 1.0},
-        ],
-        lr=options.learning_rate,
-        fused=True,
-    )
+    optimisers = Optimisers(model, temperature, options)
     likes, held_out_likes = _likes(examples, validation, num_items)
     sources = Sources(examples.log_q, config.model.dim, options)
     progress = state.Progress()
@@ -109,7 +99,7 @@ def train_towers(
     if resumed is not None:
         progress, best = resumed.progress, resumed.best_parameters
         state.restore_parameters(trained, resumed.parameters)
-        state.restore_moments(trained, optimiser, resumed.moments)
+        optimisers.restore(resumed.moments)
         sources.restore(resumed.sources)
 
     def snapshot() -> state.RunState:
@@ -118,7 +108,7 @@ def train_towers(
             origin,
             state.parameters_of(trained),
             best,
-            state.moments_of(trained, optimiser),
+            optimisers.moments(),
             sources.state(),
         )
 
@@ -141,14 +131,11 @@ def train_towers(
             model.train()
             for step in range(first_step, num_steps):
                 rows = order[step * rows_per_step : (step + 1) * rows_per_step]
-                rate_of_step = learning_rate(options, progress.epoch * num_steps + step, options.epochs * num_steps)
-                for group in optimiser.param_groups:
-                    group["lr"] = rate_of_step * group["share"]
                 torch.manual_seed(seed_of_dropout(options.seed, progress.epoch, step, ranks.rank))
                 if sources.is_index_due(progress.epoch * num_steps + step):
                     sources.index(_embed_items_together(model.item, items, ranks))
                     model.train()
-                optimiser.zero_grad()
+                optimisers.zero_grad()
                 figures = backward(
                     model,
                     temperature,
@@ -163,7 +150,7 @@ def train_towers(
                     step,
                     ranks,
                 )
-                optimiser.step()
+                optimisers.step(learning_rate(options, progress.epoch * num_steps + step, options.epochs * num_steps))
                 temperature.keep_in_range()
                 progress = _after_step(progress, figures)
                 rate = (step + 1 - first_step) * options.batch_size / (time.monotonic() - start_s)

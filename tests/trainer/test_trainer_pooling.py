@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.pooling import AttentionPooling, CausalTransformer, MeanPooling
+from trainer.pooling import AttentionPooling, CausalTransformer
 
 
 def histories(*lengths: int, longest: int = 5, width: int = 4) -> tuple[Tensor, Tensor]:
@@ -29,12 +29,6 @@ def transformer(dropout: float = 0.0) -> CausalTransformer:
     for parameter in pooling.parameters():
         nn.init.normal_(parameter, std=0.5)
     return pooling
-
-
-def test_the_mean_is_that_of_what_is_there() -> None:
-    rows = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [50.0, 50.0]], [[9.0, 9.0]] * 3])
-    is_present = torch.tensor([[True, True, False], [False, False, False]])
-    assert MeanPooling()(rows, is_present).tolist() == [[2.0, 3.0], [0.0, 0.0]]
 
 
 def test_attention_weighs_each_entry_by_what_it_is_and_by_its_age() -> None:

@@ -28,6 +28,7 @@ CASES: list[tuple[dict[str, Any], int]] = [
     ({"training__negatives": "all", "training__score_margin": 0.05}, 61),
     ({"history__pooling": "transformer", "model__transformer_dropout": 0.0, **HARD}, 61),
     ({"training__history_share": 0.5, **HARD}, 61),
+    ({"training__table_optimiser": "adagrad", "training__chunk_size": 7}, 61),
     ({"model__matryoshka_dims": [3, 6], "training__memory": 40, "training__symmetric": True, **HARD}, 61),
     ({"training__items_as_of": "interaction", "training__uniform_negatives": 15, **HARD}, 61),
     # The second step has one row for two processes.
@@ -81,9 +82,11 @@ def test_two_processes_give_the_gradients_of_one(world: Path, configure: Configu
                 )
 
 
-def test_two_processes_train_and_publish_what_one_does(world: Path) -> None:
+@pytest.mark.parametrize("table_optimiser", ["adamw", "adagrad"])
+def test_two_processes_train_and_publish_what_one_does(world: Path, table_optimiser: str) -> None:
     """With all that a source has to remember; Ctrl-C on the way, which comes to torchrun, changes nothing."""
     sources = "memory = 70\nlogq = 'streaming'\nhard_negatives = 2\nhard_negatives_ranks = [1, 7]"
+    sources += f"\ntable_optimiser = '{table_optimiser}'"
     content = (world / "toy.toml").read_text().replace("dropout = 0.1", "dropout = 0.0")
     (world / "toy.toml").write_text(content.replace("epochs = 4", f"epochs = 4\nhard_negatives_every = 7\n{sources}"))
     alone = subprocess.run(

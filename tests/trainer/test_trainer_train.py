@@ -103,6 +103,22 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     assert config.model.dropout > 0
 
 
+@pytest.mark.parametrize("changes", [{}, {"training__chunk_size": 20}])
+def test_with_rowwise_adagrad_a_resumed_run_equals_an_undisturbed_one(
+    world: Path, configure: Configure, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = configure(
+        training__epochs=2, training__table_optimiser="adagrad", training__table_learning_rate=0.05, **changes
+    )
+    undisturbed = run(config, world, tmp_path / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, world, tmp_path / "interrupted", interrupt_at=20)
+    saved = state.load_state(tmp_path / "interrupted")
+    assert not saved.progress.is_finished
+    assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
+    assert_equal(run(config, world, tmp_path / "again"), undisturbed)
+
+
 def test_in_chunks_a_resumed_run_equals_an_undisturbed_one(world: Path, configure: Configure, tmp_path: Path) -> None:
     config = configure(training__epochs=2, training__chunk_size=20)
     undisturbed = run(config, world, tmp_path / "undisturbed")
@@ -314,8 +330,10 @@ def test_equal_weights_change_nothing_and_others_do(world: Path, configure: Conf
         pq.write_table(table.append_column("weight", pa.array(weights)), world / f"{name}.parquet")
         config = configure(training__epochs=1, data__interactions=f"{name}.parquet", data__weight_column="weight")
         trained.append(run(config, world, tmp_path / name))
-    assert_equal(trained[0], plain)
-    assert any(not torch.equal(plain.parameters[name], value) for name, value in trained[1].parameters.items())
+    for name, tensor in trained[0].parameters.items():
+        # Means are summed in another order.
+        torch.testing.assert_close(tensor, plain.parameters[name], atol=1e-5, rtol=1e-4)
+    assert any((plain.parameters[name] - value).abs().max() > 1e-2 for name, value in trained[1].parameters.items())
 
 
 def test_one_pass_over_histories_learns(world: Path, configure: Configure, tmp_path: Path) -> None:
