@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cli import catalog, demonstration, deploy, evaluate, explain, index, retrieve, serve, training, up
+from cli import catalog, demonstration, deploy, doctor, evaluate, explain, index, retrieve, serve, training, up
 
 app = typer.Typer(
     name="twotower",
@@ -39,6 +39,7 @@ for _command in (
     training.train,
     training.checkpoints,
     evaluate.evaluate,
+    doctor.doctor,
     up.up,
     retrieve.retrieve,
     explain.explain,

@@ -4,7 +4,7 @@ Deliberately does not know what the embeddings are for.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +19,19 @@ from towers.schema import Owner
 from towers.tower import Tower
 from trainer.config import TrainerConfig
 from trainer.data import TrainingData
-from trainer.encode import DataEncoder, Tensors
+from trainer.encode import DataEncoder, EncodedQueries, Tensors
 from trainer.fit import FittedSchema
+from trainer.step import take
 
 _ROWS_AT_ONCE = 4096
+
+Change = Callable[[Tensors, Tensor], Tensors]
+"""Makes other features of those of the queries at some rows."""
+
+
+def unchanged(features: Tensors, rows: Tensor) -> Tensors:  # noqa: ARG001 - the signature of a change
+    """The features themselves."""
+    return features
 
 
 @dataclass(frozen=True)
@@ -55,16 +64,17 @@ class PublishedTowers:
             InvalidInputError: a value that its feature does not allow; names the file.
         """
         encoder = DataEncoder(self.fitted, data)
-        items, queries = encoder.items(), encoder.queries(positions)
-        return (
-            torch.cat([self._run("query", queries.batch(rows)) for rows in _blocks(len(queries))]),
-            torch.cat(
-                [
-                    self._run("item", {name: values[rows] for name, values in items.items()})
-                    for rows in _blocks(len(data.items.ids))
-                ]
-            ),
-        )
+        return self.embed_queries(encoder.queries(positions)), self.embed_items(encoder.items())
+
+    def embed_queries(self, queries: EncodedQueries, change: Change = unchanged) -> Tensor:
+        """Embeddings `[Q, D]` of encoded queries, of whose features something else may be made first."""
+        blocks = _blocks(len(queries))
+        return torch.cat([self._run("query", change(queries.batch(rows), rows)) for rows in blocks])
+
+    def embed_items(self, items: Tensors) -> Tensor:
+        """Embeddings `[I, D]` of encoded items."""
+        blocks = _blocks(len(next(iter(items.values()))))
+        return torch.cat([self._run("item", take(items, rows)) for rows in blocks])
 
     def _run(self, owner: Owner, features: Tensors) -> Tensor:
         return torch.from_numpy(self.towers[owner].embed({name: values.numpy() for name, values in features.items()}))
