@@ -26,6 +26,12 @@ def train(
         Path | None, typer.Option(help="Folder of the data files, instead of the configuration's.", metavar="FOLDER")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    auto: Annotated[
+        bool,
+        typer.Option(
+            "--auto", help="First choose what CONFIG.toml leaves out from the data, and write it to CONFIG.auto.toml."
+        ),
+    ] = False,
     force: Annotated[
         str | None,
         typer.Option(help="Publish although gates refuse; the manifest keeps who and why.", metavar="REASON"),
@@ -41,6 +47,10 @@ def train(
 
     # Before torch, whose import takes seconds, and which reads this then: threads that spin while they wait starve
     # themselves when anything else runs on the same cores.
+    if auto:
+        from trainer.chosen import write_chosen
+
+        config = write_chosen(config, data, screen())
     read_config(config)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from trainer import run

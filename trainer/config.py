@@ -35,6 +35,8 @@ Layout = Literal["tables", "beir"]
 
 _METRIC = re.compile(r"(recall|ndcg|mrr)_at_(\d+)")
 _RERANKER = "reranker"
+_CHOSEN = ("features", "model")
+"""What must be there and `twotower train --auto` chooses."""
 _TABLES = ("data", "features", "model", "training", "evaluation", "export")
 
 
@@ -317,12 +319,34 @@ def read_config(path: Path) -> TrainerConfig:
         CrossTowerFeatureError: a feature's source is the interaction table.
         InvalidInputError: anything else. The message has one line for each mistake, naming file, key and fix.
     """
+    return parse_config(read_toml(path), path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file, whatever it says.
+
+    Raises:
+        InvalidInputError: it cannot be read, or is no TOML.
+    """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInputError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"{path}: not valid TOML: {error}") from error
+
+
+def parse_config(content: Mapping[str, Any], path: Path) -> TrainerConfig:
+    """A configuration from the content of its file.
+
+    Args:
+        content: The tables.
+        path: The file, for messages, and for what is relative to it.
+
+    Raises:
+        CrossTowerFeatureError: as `read_config`.
+        InvalidInputError: as `read_config`.
+    """
     mistakes: list[str] = []
     kind: type[InvalidInputError] = InvalidInputError
     try:
@@ -436,7 +460,7 @@ def _in_words(detail: Any) -> str:
         advice = f"did you mean {near[0]!r}?" if near else f"use one of {known}"
         return f"{place}: unknown key; {advice}"
     if detail["type"] == "missing":
-        return f"{place}: missing; add it"
+        return f"{place}: missing; add it" + (", or let --auto choose it" if keys[0] in _CHOSEN else "")
     if keys[0] == "features" and len(keys) == 1:
         return "[[features]]: declare each feature in a [[features]] table of its own"
     return f"{place} = {json.dumps(detail['input'], default=str)[:60]}: {message}"
