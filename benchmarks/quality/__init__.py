@@ -1,0 +1,1 @@
+"""Published tables, run again: ours, the peers' runs beside it where they install, and the published rows."""
