@@ -23,6 +23,9 @@ from trainer.ranks import ALONE, Everywhere, Ranks
 
 _SCORES_AT_ONCE = 2**20
 """4 MB: passes over scores that a core's cache holds take less than half the time of passes over memory."""
+_ROWS_AT_LEAST = 64
+"""Of a part: each adds to the gradients of all items, which for a few rows costs more than their scores.
+With chunks memory comes first."""
 
 
 @dataclass(frozen=True)
@@ -258,8 +261,11 @@ def backward(
         counts = torch.stack([_count(liked) - 1, num_left, num_negatives])[:, within].sum(dim=1)
         return loss * (len(interactions) / batch_size), counts
 
-    at_once = _SCORES_AT_ONCE if chunk_size is None else min(_SCORES_AT_ONCE, chunk_size**2 // 2)
-    part_size = max(1, at_once // (num_columns * len(model.widths)))
+    scores_of_row = num_columns * len(model.widths)
+    if chunk_size is None:
+        part_size = max(_ROWS_AT_LEAST, _SCORES_AT_ONCE // scores_of_row)
+    else:
+        part_size = max(1, min(_SCORES_AT_ONCE, chunk_size**2 // 2) // scores_of_row)
     figures = torch.zeros(4, dtype=torch.float64)
     for part in torch.split(queries.own, part_size) if len(queries.own) else ():
         loss, counts = of_part(part)
