@@ -73,8 +73,10 @@ class DataConfig(_Table):
     @model_validator(mode="after")
     def _columns_of_the_layout(self) -> "DataConfig":
         if self.layout == "beir":
-            named = [name for name in type(self).model_fields if name.endswith(("_column", "_separator"))]
-            found = sorted(self.model_fields_set.intersection(named))
+            # By their values: a checkpoint's configuration, which is read again, names all of them.
+            fields = type(self).model_fields.items()
+            named = {name: field.default for name, field in fields if name.endswith(("_column", "_separator"))}
+            found = sorted(name for name, default in named.items() if getattr(self, name) != default)
             if found:
                 raise ValueError(f'layout = "beir" has columns of its own; leave out {" and ".join(found)}')
             if self.users is None:

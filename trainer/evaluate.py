@@ -90,6 +90,32 @@ def rank(score_rows: ScoreRows, targets: ItemLists, excluded: ItemLists, ks: Seq
     return Ranking(targets.pairs()[0], np.concatenate(ranks), shown)
 
 
+def rank_answers(
+    answers: Sequence[NDArray[np.int64]], targets: ItemLists, num_items: int, ks: Sequence[int]
+) -> Ranking:
+    """Ranks targets by what somebody else returned for each query.
+
+    Args:
+        answers: Items of each query, best first, at least as many as the largest k where there are so many; -1 is an
+            item that is not among ours and takes a place all the same.
+        targets: Items to be found for each query.
+        num_items: I
+        ks: The cut-offs.
+    """
+    depth = max(ks)
+    queries, items = targets.pairs()
+    padded = np.full((len(answers), depth), -1, dtype=np.int64)
+    for row, answer in enumerate(answers):
+        padded[row, : len(answer)] = answer[:depth]
+    is_target = padded[queries] == items[:, None]  # [P, depth]
+    ranks = np.where(is_target.any(axis=1), is_target.argmax(axis=1), depth)
+    shown = {}
+    for k in ks:
+        best = padded[:, :k]
+        shown[k] = np.bincount(best[best >= 0], minlength=num_items)
+    return Ranking(queries, ranks, shown)
+
+
 def best_items(scores: Tensor, k: int) -> Tensor:
     """Columns of the k highest scores of each row, highest first, equal scores in the order of the columns.
 

@@ -15,7 +15,9 @@ from trainer.baselines import baselines
 from trainer.bm25 import texts_of
 from trainer.comparison import Comparison, compare
 from trainer.config import EvaluationConfig
+from trainer.encode import DataEncoder
 from trainer.evaluate import rank
+from trainer.live import LIVE, AskLive, live_ranking
 from trainer.matryoshka import tower_scores
 from trainer.published import open_published
 from trainer.questions import ask
@@ -33,7 +35,9 @@ class Evaluation:
     """What of the data was left out and why."""
 
 
-def evaluate_version(checkpoints: CheckpointStore, version: int, folder: Path) -> Evaluation:
+def evaluate_version(
+    checkpoints: CheckpointStore, version: int, folder: Path, ask_live: AskLive | None = None
+) -> Evaluation:
     """Ranks all items for each user's held-out interactions, by the published towers and by the baselines.
 
     Files, columns and split are those of the checkpoint's training configuration.
@@ -42,6 +46,7 @@ def evaluate_version(checkpoints: CheckpointStore, version: int, folder: Path) -
         checkpoints: Holds the version.
         version: The checkpoint.
         folder: Where the data files are.
+        ask_live: Asks a service that serves the version, to be judged beside them by what it returns; None: nobody.
 
     Raises:
         NotFoundError: the version is not published.
@@ -63,6 +68,11 @@ def evaluate_version(checkpoints: CheckpointStore, version: int, folder: Path) -
     rankings = {
         name: rank(scores, questions.targets, questions.excluded, options.ks) for name, scores in models.items()
     }
+    notes = list(tables.notes)
+    if ask_live is not None:
+        encoder = DataEncoder(published.fitted, tables)
+        rankings[LIVE], live_notes = live_ranking(ask_live, questions, encoder, tables.items, options.ks)
+        notes += live_notes
     slices = all_slices(tables, published.fitted.schema, item_counts, questions)
     comparison = compare(rankings, options.ks, item_counts, questions.targets.items, slices)
-    return Evaluation(comparison, options, tables.notes)
+    return Evaluation(comparison, options, notes)

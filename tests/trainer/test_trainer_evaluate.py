@@ -47,6 +47,28 @@ def test_metrics_equal_a_naive_loop(data: st.DataObject, num_queries: int, num_i
     )
 
 
+def test_answers_of_somebody_else_rank_as_scores_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(20, 12, generator=generator)
+    targets = item_lists([[i % 12, (i + 5) % 12][: 1 + i % 2] for i in range(20)])
+    expected = evaluate.rank(lambda start, stop: scores[start:stop], targets, item_lists([[]] * 20), [3, 6])
+    answers = [row.numpy() for row in evaluate.best_items(scores, 6)]
+    found = evaluate.rank_answers(answers, targets, 12, [3, 6])
+    for name in ("queries", "ranks"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+    assert {k: shown.tolist() for k, shown in found.shown.items()} == {
+        k: shown.tolist() for k, shown in expected.shown.items()
+    }
+
+
+def test_an_item_that_is_not_ours_takes_a_place() -> None:
+    targets = item_lists([[2], [0, 1], [3]])
+    answers = [np.array([-1, 2, 0]), np.array([1]), np.array([], dtype=np.int64)]
+    found = evaluate.rank_answers(answers, targets, 4, [2, 3])
+    assert found.ranks.tolist() == [1, 3, 0, 3]
+    assert {k: shown.tolist() for k, shown in found.shown.items()} == {2: [0, 1, 1, 0], 3: [1, 1, 1, 0]}
+
+
 def test_more_queries_than_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "_SCORES_AT_ONCE", 100)
     generator = torch.Generator().manual_seed(0)
