@@ -25,6 +25,7 @@ _ENCODER_WIDTH = 384
 
 MOST_ITEMS_AT_ONCE = 50_000
 """Up to so many, a step can afford to score every query against all items."""
+_VERY_FEW_EXAMPLES = 10_000
 _FEW_EXAMPLES = 100_000
 _EXAMPLES_IN_ALL = 20_000_000
 """Of all epochs together."""
@@ -182,16 +183,14 @@ def _of_model(shape: Shape, settings: Settings) -> Iterator[Choice]:
     while dim <= max(model.get("matryoshka_dims", ()), default=0):
         dim, reason = 2 * dim, "more than matryoshka_dims"
     yield Choice(("model", "dim"), dim, reason)
-    if shape.num_examples < _FEW_EXAMPLES:
-        yield Choice(("model", "dropout"), 0.3, "few interactions are soon known by heart")
     width = model.get("dim", dim)
     yield Choice(("model", "embedding_dim"), width, "as dim: towers start as the sum of their embeddings")
     width = model.get("embedding_dim", width)
     features = {feature["name"]: feature for feature in settings["features"]}
-    if any(
-        feature.get("pooling") == "transformer" and features[feature["items"]].get("embedding_dim", width) % 2
-        for feature in features.values()
-    ):
+    transformers = [feature for feature in features.values() if feature.get("pooling") == "transformer"]
+    if shape.num_examples < _VERY_FEW_EXAMPLES and not transformers:
+        yield Choice(("model", "dropout"), 0.3, "so few interactions are soon known by heart")
+    if any(features[feature["items"]].get("embedding_dim", width) % 2 for feature in transformers):
         yield Choice(("model", "transformer_heads"), 1, "the width of the history is odd")
 
 

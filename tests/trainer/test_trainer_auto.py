@@ -94,7 +94,6 @@ def chosen(shape: Shape, settings: dict[str, Any] | None = None, has_encoder: bo
                 "features.history.max_length": 10,
                 "model.dim": 32,
                 "model.embedding_dim": 32,
-                "model.dropout": 0.3,
                 "training.batch_size": 64,
                 "training.epochs": 50,
                 "training.warmup_steps": 20,
@@ -119,6 +118,13 @@ def test_whom_it_asks_decides_what_towers_read() -> None:
     assert names(PLACES, texts, has_encoder=False) == [("text", None), ("document", None)]
     assert chosen(PLACES, texts)["model.dim"] == 384
     assert chosen(PLACES, texts)["training.chunk_size"] == 16
+
+
+def test_few_interactions_are_not_to_be_known_by_heart() -> None:
+    """A transformer has dropout of its own."""
+    assert chosen(TOY).get("model.dropout") is None
+    assert chosen(replace(TOY, tie_share=1.0))["model.dropout"] == 0.3
+    assert chosen(replace(TOY, tie_share=1.0, num_examples=20_000)).get("model.dropout") is None
 
 
 def test_two_histories_are_not_read_by_transformers() -> None:
