@@ -121,7 +121,7 @@ def main() -> None:
         settings = runs.changed(settings, _QUICK)
     found = [
         runs.trained(
-            runs.changed(settings, {"training": {"seed": seed}}), f"{name}/{seed}", data, arguments.runs, console
+            runs.changed(settings, {"training": {"seed": seed}}), arguments.runs / name / str(seed), data, console
         )
         for seed in range(1 if arguments.quick else arguments.seeds)
     ]

@@ -80,9 +80,8 @@ def measure(
         name: [
             runs.trained(
                 runs.changed(variant, {"training": {"seed": seed}}),
-                f"ml1m-sequences/{name.replace(' ', '-')}-{seed}",
+                folder / "ml1m-sequences" / f"{name.replace(' ', '-')}-{seed}",
                 data,
-                folder,
                 console,
             )
             for seed in seeds

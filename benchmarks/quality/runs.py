@@ -73,17 +73,18 @@ def changed(settings: Settings, changes: Mapping[str, Mapping[str, Any]]) -> Set
     return {**settings, **tables}
 
 
-def trained(settings: Settings, name: str, data: Path, runs: Path, console: Console) -> Comparison:
-    """Trains and publishes, or goes on from where an interrupted run stood, and judges what was published.
+def published(settings: Settings, folder: Path, data: Path, console: Console) -> tuple[CheckpointStore, int]:
+    """Trains and publishes, or goes on from where an interrupted run stood.
 
     Args:
         settings: The configuration; its paths are relative to the data.
-        name: Of the run; the same name with other settings is another folder's business.
+        folder: Of the run; what another configuration left there is refused.
         data: Folder of the data files.
-        runs: Holds a folder for each run.
         console: Gets the progress.
+
+    Returns:
+        Where it is published, and as which version.
     """
-    folder = runs / name
     folder.mkdir(parents=True, exist_ok=True)
     config_path = folder / "config.toml"
     config_path.write_text(tomlkit.dumps({**settings, "run_folder": "state"}), encoding="utf-8")
@@ -97,7 +98,12 @@ def trained(settings: Settings, name: str, data: Path, runs: Path, console: Cons
         force="a benchmark shows what came out, gates or not",
     )
     assert report is not None, "there is one process"
-    return evaluate_version(CheckpointStore(Store(store)), report.version, data).comparison
+    return CheckpointStore(Store(store)), report.version
+
+
+def trained(settings: Settings, folder: Path, data: Path, console: Console) -> Comparison:
+    """Trains as `published` does, and judges what was published beside the baselines."""
+    return evaluate_version(*published(settings, folder, data, console), data).comparison
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
