@@ -26,11 +26,6 @@ items = "item_id"
 max_length = 20
 
 [[features]]
-name = "country"
-owner = "query"
-kind = "categorical"
-
-[[features]]
 name = "item_id"
 owner = "item"
 kind = "categorical"

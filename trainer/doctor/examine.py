@@ -11,7 +11,11 @@ from torch import Tensor
 
 from towers.checkpoint import CheckpointStore
 from towers.schema import Owner
+from trainer.doctor.accuracy import gap_section, newcomers_section, slices_section
+from trainer.doctor.features import features_section
 from trainer.doctor.geometry import geometry_section
+from trainer.doctor.lists import lists_section, popularity_section
+from trainer.doctor.neighbours import neighbours_section
 from trainer.doctor.report import Report, Section
 from trainer.doctor.subject import Subject, subject_of
 from trainer.doctor.training import training_section
@@ -45,4 +49,13 @@ def _sections(subject: Subject) -> list[Section]:
     rows, items = map(torch.from_numpy, subject.questions.targets.pairs())
     positives = subject.query_embeddings[rows], subject.item_embeddings[items]
     embeddings: Mapping[Owner, Tensor] = {"query": subject.query_embeddings, "item": subject.item_embeddings}
-    return [geometry_section(embeddings, positives)]
+    return [
+        geometry_section(embeddings, positives),
+        lists_section(subject),
+        popularity_section(subject),
+        gap_section(subject),
+        slices_section(subject),
+        features_section(subject),
+        newcomers_section(subject),
+        neighbours_section(subject),
+    ]
