@@ -88,18 +88,22 @@ def softmax_loss(
     Returns:
         Scalar, the mean over the batch.
     """
-    scores = query_embeddings @ pushed(item_embeddings, push).T  # [B, C]
+    queries = scaled(query_embeddings, temperature)
+    # One product with the correction in it, masked where it lies: other copies of it would cost as much as the product.
+    scores = torch.addmm(-log_q, queries, pushed(item_embeddings, push).T)  # [B, C]
     if push != 1.0:
-        of_positives = (query_embeddings * item_embeddings[positives]).sum(dim=1, keepdim=True)
+        of_positives = (queries * item_embeddings[positives]).sum(dim=1, keepdim=True)
+        of_positives = of_positives - log_q.expand_as(scores).gather(1, positives.unsqueeze(1))
         scores = scores.scatter(1, positives.unsqueeze(1), of_positives)
     if own is not None:
-        log_q = torch.cat([log_q.expand_as(scores), own.log_q], dim=1)  # [B, C + H]
-        scores = torch.cat([scores, own.scores(query_embeddings)], dim=1)
+        scores = torch.cat([scores, own.scores(queries) - own.log_q], dim=1)  # [B, C + H]
         is_liked = torch.cat([is_liked, own.is_missing], dim=1)
     if score_margin is not None:
-        is_liked = is_liked | above_margin(scores.detach(), positives, score_margin)
-    corrected = logq_corrected(scaled(scores, temperature), log_q)
-    return cross_entropy(masked(corrected, false_negatives(is_liked, positives)), positives, weights)
+        cosines = query_embeddings @ item_embeddings.T
+        if own is not None:
+            cosines = torch.cat([cosines, own.scores(query_embeddings)], dim=1)
+        is_liked = is_liked | above_margin(cosines, positives, score_margin)
+    return cross_entropy(masked(scores, false_negatives(is_liked, positives)), positives, weights)
 
 
 def shared_softmax_loss(
@@ -253,7 +257,7 @@ def masked(scores: Tensor, is_false_negative: Tensor) -> Tensor:
     Returns:
         `[B, C]`, minus infinity where masked.
     """
-    return scores.masked_fill(is_false_negative, -torch.inf)
+    return scores.masked_fill_(is_false_negative, -torch.inf)
 
 
 def cross_entropy(scores: Tensor, positives: Tensor, weights: Tensor | None = None) -> Tensor:
