@@ -210,6 +210,8 @@ def _of_training(shape: Shape, settings: Settings) -> Iterator[Choice]:
     yield from _of_negatives(shape, given, batch_size)
     if sequences and sequences[0].get("pooling") == "transformer":
         rate, schedule, reason = 0.001, "cosine", "usual for transformers"
+        yield Choice(("training", "table_learning_rate"), 0.003, "tables bear more than the transformer behind them")
+        yield Choice(("training", "learn_temperature"), True, "wide at first, narrower as the transformer learns")
     else:
         rate, schedule, reason = 0.01, "linear", "tables without layers behind them learn fast"
         if not shape.is_ordered and sequences and _fits(given, _ONE_BY_ONE):

@@ -61,6 +61,8 @@ def chosen(shape: Shape, settings: dict[str, Any] | None = None, has_encoder: bo
                 "training.negatives": "all",
                 "training.mask_known_positives": False,
                 "training.learning_rate": 0.001,
+                "training.table_learning_rate": 0.003,
+                "training.learn_temperature": True,
                 "training.schedule": "cosine",
             },
         ),
