@@ -88,17 +88,22 @@ def published(settings: Settings, folder: Path, data: Path, console: Console) ->
     folder.mkdir(parents=True, exist_ok=True)
     config_path = folder / "config.toml"
     config_path.write_text(tomlkit.dumps({**settings, "run_folder": "state"}), encoding="utf-8")
-    store = f"file://{(folder / 'store').resolve()}"
+    store = store_of(folder)
     report = train(
         config_path,
-        store=store,
+        store=store.url,
         resume=(folder / "state" / STATE_FILE).exists(),
         console=console,
         data_folder=data,
         force="a benchmark shows what came out, gates or not",
     )
     assert report is not None, "there is one process"
-    return CheckpointStore(Store(store)), report.version
+    return CheckpointStore(store), report.version
+
+
+def store_of(folder: Path) -> Store:
+    """Where the run of a folder publishes."""
+    return Store(f"file://{(folder / 'store').resolve()}")
 
 
 def trained(settings: Settings, folder: Path, data: Path, console: Console) -> Comparison:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
+from tiny_encoder import WIDTH, WORDS, write_tiny_encoder
 
 from towers.checkpoint import CheckpointStore, GoldenExamples
 from towers.errors import CorruptArtefactError, InvalidInputError, InvalidSchemaError
@@ -31,35 +32,10 @@ from trainer.model import TwoTowers
 from trainer.run import Interrupted, train
 from trainer.text import pretrained_texts, read_tokenizer, trained_parameters, truncation_note, with_adapters_merged
 
-WORDS = ["red", "green", "blue", "apple", "leaf", "sky", "fruit", "tree", "cloud", "ripe", "tall", "wide"]
-WIDTH = 16
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of two layers with a word vocabulary, whose tokenizer asks for padding to 128, as MiniLM's does."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    path = tmp_path_factory.mktemp("encoder")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.enable_padding(length=128)
-    tokenizer.save(str(path / "tokenizer.json"))
-    torch.manual_seed(0)
-    transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-        )
-    ).save_pretrained(path)
-    return path
+    return write_tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def features(encoder: Path | str, **settings: Any) -> list[dict[str, Any]]:
