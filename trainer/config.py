@@ -283,6 +283,8 @@ class TrainerConfig(_Table):
 
     run_folder: str | None = Field(default=None, min_length=1)
     """Where the resumable state lives, relative to the TOML file; `var/runs/<name of the TOML file>` when left out."""
+    tensorboard: bool = False
+    """Whether the run's curves are written for TensorBoard too."""
     data: DataConfig
     features: tuple[Mapping[str, Any], ...] = Field(min_length=1)
     """Feature declarations, as written; `feature_schema` parses them."""

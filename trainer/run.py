@@ -36,7 +36,7 @@ from towers.errors import (
 from towers.features import FeatureEncoder
 from towers.schema import Owner
 from towers.store import Store
-from trainer import comparison, data, export, gates, losses, quantise, state
+from trainer import comparison, curves, data, export, gates, losses, quantise, state
 from trainer.baselines import baselines
 from trainer.bm25 import Texts, texts_of
 from trainer.config import ExportConfig, TrainerConfig, read_config
@@ -54,11 +54,13 @@ from trainer.text import encoder_files
 from trainer.train import HeldOut, embed_items, embed_queries, train_towers, validate
 
 RUNS = Path("var/runs")
+_CURVES = "tensorboard"
 
 _PUBLISH_ATTEMPTS = 5
 _CHECKED_QUERIES = 1000
 _NOT_TRAINED_ON: Any = {
     "run_folder": True,
+    "tensorboard": True,
     "data": {"folder"},
     "features": {"__all__": {"encoder"}},
     "evaluation": {"max_loss", "max_slice_loss"},
@@ -162,18 +164,24 @@ def train(
         if resumed is not None:
             _say(console, _resumption(resumed.progress))
         model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model)
-        finished = train_towers(
-            model,
-            prepared.items,
-            prepared.examples,
-            prepared.validation,
-            config,
-            origin,
-            state_file,
-            console,
-            resumed,
-            ranks,
-        )
+        num_epochs = resumed.progress.epoch if resumed else 0
+        is_shown = config.tensorboard and ranks.is_first
+        with (
+            curves.written(run_folder / _CURVES, num_epochs) if is_shown else nullcontext(curves.unnoted) as note_epoch
+        ):
+            finished = train_towers(
+                model,
+                prepared.items,
+                prepared.examples,
+                prepared.validation,
+                config,
+                origin,
+                state_file,
+                console,
+                resumed,
+                ranks,
+                note_epoch,
+            )
         if not ranks.is_first:
             return None
         gates.check_finite(model)

@@ -25,6 +25,7 @@ from towers.checkpoint import EpochFigures
 from towers.errors import InvalidInputError
 from trainer import losses, state
 from trainer.config import TrainerConfig, TrainingConfig
+from trainer.curves import NoteEpoch, unnoted
 from trainer.encode import EncodedQueries, Tensors
 from trainer.evaluate import ScoreRows, embedding_scores, evaluate
 from trainer.likes import Likes
@@ -62,6 +63,7 @@ def train_towers(
     console: Console,
     resumed: state.RunState | None = None,
     ranks: Ranks = ALONE,
+    note_epoch: NoteEpoch = unnoted,
 ) -> state.RunState:
     """Trains until the last epoch or until validation stops getting better; without validation to the last.
 
@@ -80,6 +82,7 @@ def train_towers(
         console: Progress: a live bar on a terminal, and one line per epoch anywhere.
         resumed: The state to go on from.
         ranks: The processes that train together.
+        note_epoch: Is told of each epoch, in the first of them.
 
     Returns:
         The finished state.
@@ -172,6 +175,20 @@ def train_towers(
             is_best = progress.best_epoch == progress.epoch
             if is_best:
                 best = {name: value.detach().clone() for name, value in state.parameters_of(trained).items()}
+            if ranks.is_first:
+                last_step = progress.epoch * num_steps - 1
+                note_epoch(
+                    progress.epoch,
+                    {
+                        "loss": figures_of_epoch.loss,
+                        "masked": figures_of_epoch.masked,
+                        "left": figures_of_epoch.left,
+                        "temperature": figures_of_epoch.temperature,
+                        "learning_rate": learning_rate(options, last_step, options.epochs * num_steps),
+                        "examples_per_s": rate,
+                        **{f"validation/{name}": value for name, value in metrics.items()},
+                    },
+                )
             save()
             bar.update(task, best=progress.best_metric)
             console.print(
