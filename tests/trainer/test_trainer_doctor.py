@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import doctor_world
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -120,6 +121,29 @@ def test_a_version_that_is_not_there(healthy: Path, capsys: pytest.CaptureFixtur
     assert re.fullmatch(r"error: .*checkpoint 9.*\n", capsys.readouterr().err)
 
 
+def test_a_folder_without_the_data(healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "1", str(tmp_path), "--store", str(healthy / "store")]) == 2
+    assert re.fullmatch(
+        r"error: \S*items\.parquet: no such file; fix \[data\] items or folder\n", capsys.readouterr().err
+    )
+
+
+def test_towers_that_remember_are_told_from_those_that_know(tmp_path: Path) -> None:
+    """Choices are drawn without a reason, and each tenth user's newest is an item that nobody chose before."""
+    log, random = doctor_world.tables()["interactions"], np.random.default_rng(5)
+    newest = np.arange(doctor_world.NUM_LIKED - 1, len(log), 10 * doctor_world.NUM_LIKED)
+    chosen = random.integers(doctor_world.NUM_ITEMS, size=len(log))
+    chosen[newest] = doctor_world.NUM_ITEMS + np.arange(len(newest))
+    items = pa.table({"item_id": np.arange(doctor_world.NUM_ITEMS + len(newest))})
+    features = "".join(
+        f'[[features]]\nname = "{name}_id"\nowner = "{owner}"\nkind = "categorical"\n'
+        for name, owner in (("user", "query"), ("item", "item"))
+    )
+    changed = {"interactions": log.set_column(1, "item_id", pa.array(chosen)), "items": items}
+    report = examined(doctor_world.trained(tmp_path, features, changed, epochs=20, learning_rate=0.03))
+    assert {"overfitting", "cold-items-not-found"} <= set(names(report))
+
+
 def test_a_collapsed_tower_is_found(collapsed: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert run(["doctor", "1", str(collapsed), "--store", str(collapsed / "store"), "--html", str(page)]) == 1
@@ -134,7 +158,8 @@ def test_a_temperature_far_too_high_is_found(tmp_path: Path) -> None:
 
 
 def test_a_wrong_sign_of_logq_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "logq_corrected", lambda scores, log_q: scores + log_q)
+    log_q = losses.log_sampling_probabilities
+    monkeypatch.setattr(losses, "log_sampling_probabilities", lambda counts: -log_q(counts))
     finding = found(examined(doctor_world.trained(tmp_path, force="a drill")), "wrong-logq-sign")
     assert finding.severity == "critical"
 

@@ -3,6 +3,8 @@
 Deliberately does not know whether what is shown is liked, save for the popularity that would be liked better.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -62,7 +64,7 @@ def lists_section(subject: Subject) -> Section:
         "common; 1 is the same list for everyone. k-occurrence is how often an item is in a list: high skewness means "
         "hubs, that stand near to all queries (Radovanović et al. 2010). Coverage, Gini and popularity bias are as in "
         "twotower evaluate.",
-        _list_findings(figures, k),
+        list_findings(figures, k),
         figures,
         [_occurrences(shown)],
         [Table("Items in most lists", ("item", "of lists", "of choices"), rows)],
@@ -82,13 +84,16 @@ def popularity_section(subject: Subject) -> Section:
         f"{subject.metric}_as_it_is": float(means[as_is]),
     }
     weights = list(PRIOR_WEIGHTS)
-    is_better = low > 0 and means[best] > (1 + MIN_PRIOR_GAIN) * means[as_is]
+    findings = []
+    if low > 0 and means[best] > (1 + MIN_PRIOR_GAIN) * means[as_is]:
+        before, after, logq = float(means[as_is]), float(means[best]), subject.config.training.logq
+        findings.append(popularity_finding(PRIOR_WEIGHTS[best], subject.metric, before, after, logq))
     return Section(
         "Popularity and its correction",
         "In-batch negatives are drawn by popularity q; the loss subtracts log q, so that scores end as log p(item | "
         "query). Here log q is added to the scores with different weights, times the temperature. Towers that were "
         "corrected rightly are best at 0; without a correction at 1; at 2 where log q was added instead.",
-        _popularity_findings(PRIOR_WEIGHTS[best], figures, subject) if is_better else [],
+        findings,
         figures,
         [
             Lines(
@@ -139,7 +144,8 @@ def _occurrences(shown: NDArray[np.int64]) -> Lines:
     return Lines("How often items are shown", "items, most shown first", "lists that hold the item", [series])
 
 
-def _list_findings(figures: dict[str, float], k: int) -> list[Finding]:
+def list_findings(figures: Mapping[str, float], k: int) -> list[Finding]:
+    """What the figures of lists of k items say."""
     findings = []
     if figures["overlap_of_two_lists"] > MAX_OVERLAP:
         findings.append(
@@ -179,37 +185,36 @@ def _list_findings(figures: dict[str, float], k: int) -> list[Finding]:
     return findings
 
 
-def _popularity_findings(weight: float, figures: dict[str, float], subject: Subject) -> list[Finding]:
-    metric, logq = subject.metric, subject.config.training.logq
-    gain = (
-        f"{metric} rises from {figures[f'{metric}_as_it_is']:.4f} to {figures[f'{metric}_at_best_weight']:.4f} when "
-        f"{weight:g} times log q is added to the scores"
-    )
+def popularity_finding(weight: float, metric: str, as_it_is: float, at_weight: float, logq: str) -> Finding:
+    """What it means that ranks are better with another weight of popularity.
+
+    Args:
+        weight: Of log q.
+        metric: Its name.
+        as_it_is: The metric without.
+        at_weight: The metric with it.
+        logq: The correction that training was to make.
+    """
+    gain = f"{metric} rises from {as_it_is:.4f} to {at_weight:.4f} when {weight:g} times log q is added to the scores"
     if weight >= WRONG_SIGN_WEIGHT and logq != "none":
-        return [
-            Finding(
-                "wrong-logq-sign",
-                "critical",
-                f"Popular items are pushed away twice over, as by a correction of the wrong sign: {gain}.",
-                f'With logq = "{logq}" the loss must subtract log q from the scores: see that it does and train again.',
-            )
-        ]
-    if weight > 0:
-        return [
-            Finding(
-                "popularity-missing",
-                "warning",
-                f"Popular items stand too low: {gain}.",
-                'Set [training] logq = "counts".'
-                if logq == "none"
-                else "Train longer, or with a larger embedding: popularity has not been learned yet.",
-            )
-        ]
-    return [
-        Finding(
-            "popularity-excess",
-            "warning",
-            f"Popular items stand too high: {gain}.",
-            'Add [training] uniform_negatives, or set logq = "none".',
+        return Finding(
+            "wrong-logq-sign",
+            "critical",
+            f"Popular items are pushed away twice over, as by a correction of the wrong sign: {gain}.",
+            f'With logq = "{logq}" the loss must subtract log q from the scores: see that it does and train again.',
         )
-    ]
+    if weight > 0:
+        return Finding(
+            "popularity-missing",
+            "warning",
+            f"Popular items stand too low: {gain}.",
+            'Set [training] logq = "counts".'
+            if logq == "none"
+            else "Train longer, or with a larger embedding: popularity has not been learned yet.",
+        )
+    return Finding(
+        "popularity-excess",
+        "warning",
+        f"Popular items stand too high: {gain}.",
+        'Add [training] uniform_negatives, or set logq = "none".',
+    )
