@@ -70,7 +70,13 @@ def read_titles(config: DataConfig, folder: Path) -> Mapping[str, str]:
     path = data_files(config, folder)["items"]
     if config.layout == "beir":
         return _titles(read_documents(path), ITEM_ID)
-    as_csv = ds.CsvFileFormat(parse_options=csv.ParseOptions(delimiter=config.csv_separator, newlines_in_values=True))
+    as_csv = ds.CsvFileFormat(
+        parse_options=csv.ParseOptions(delimiter=config.csv_separator, newlines_in_values=True),
+        # As written, so that an id 007 stays one.
+        convert_options=csv.ConvertOptions(
+            column_types={name: pa.string() for name in (config.item_id_column, *TITLE_COLUMNS)}
+        ),
+    )
     items = ds.dataset(path, format="parquet" if path.suffix == ".parquet" else as_csv)
     wanted = [name for name in items.schema.names if name in (config.item_id_column, *TITLE_COLUMNS)]
     return _titles(items.to_table(columns=wanted), config.item_id_column)
