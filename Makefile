@@ -1,10 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check protos examples clean
+.PHONY: demo demo-text test check protos examples clean
 
 demo: .venv/installed  ## Train, publish, serve, retrieve and swap on MovieLens-100K.
 	$(BIN)/twotower demo
+
+demo-text: .venv/installed  ## Train, publish and serve a text search, and answer typed questions.
+	$(BIN)/twotower demo-text
 
 test: .venv/installed  ## The whole test suite.
 	$(BIN)/pytest --numprocesses 2 --dist worksteal

@@ -1,4 +1,4 @@
-"""`twotower demo`.
+"""`twotower demo` and `twotower demo-text`.
 
 Deliberately does not know what is shown (`cli.demo`).
 """
@@ -16,6 +16,18 @@ def demo(
 ) -> None:
     """Train, publish, serve, retrieve and swap under load, on MovieLens-100K."""
     from cli.demo.run import run
+    from cli.screen import screen
+
+    run(folder, screen())
+
+
+def demo_text(
+    folder: Annotated[Path, typer.Option(help="Holds documents, store and logs.", metavar="FOLDER")] = Path(
+        "var/demo-text"
+    ),
+) -> None:
+    """Train a text search of Python's standard library, publish and serve it, and answer typed questions."""
+    from cli.demo.text import run
     from cli.screen import screen
 
     run(folder, screen())

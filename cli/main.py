@@ -50,6 +50,7 @@ for _command in (
     deploy.rollback,
     serve.rollout,
     demonstration.demo,
+    demonstration.demo_text,
 ):
     app.command()(_command)
 app.add_typer(catalog.app, name="catalog")

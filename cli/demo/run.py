@@ -90,7 +90,7 @@ def run(folder: Path, console: Console) -> None:
     console.print(Rule("Serving"))
     catalogue = Catalogue(Store(str(store_folder)))
     if catalogue.version() is None:
-        _twotower("catalog", "load", str(tables.items), "--store", str(store_folder))
+        twotower("catalog", "load", str(tables.items), "--store", str(store_folder))
     _make_first_version_live(DeploymentStore(Store(str(store_folder))))
     with LocalStack(store=str(store_folder), folder=folder, query_port=0) as stack:
         stack.wait_ready(timeout_s=SWAP_LIMIT_S)
@@ -153,11 +153,11 @@ def _train(version: int, tables: movielens.MovieLens, folder: Path, console: Con
         console.print(f"Version {version} is there from an earlier run.")
         return False
     config = Path(trainer.__file__).parent / "configs" / _CONFIGS[version]
-    _twotower("train", str(config), "--data", str(tables.items.parent), "--store", str(store_folder))
+    twotower("train", str(config), "--data", str(tables.items.parent), "--store", str(store_folder))
     return True
 
 
-def _twotower(*arguments: str) -> None:
+def twotower(*arguments: str) -> None:
     """Runs a command as a user would, on this terminal."""
     result = subprocess.run([sys.executable, "-m", "cli.main", *arguments], check=False)
     if result.returncode != 0:
@@ -232,7 +232,7 @@ def _swap_under_load(
         else:
             console.print("Version 2, of another dimension and another architecture, is there from an earlier run.")
             swap_start_s = time.monotonic()
-            _twotower("stage", "2", "--store", str(store_folder))
+            twotower("stage", "2", "--store", str(store_folder))
         deployments = DeploymentStore(Store(str(store_folder)))
         _wait_for_live(client, 2, lambda: deployments.current().reason)
         swap_end_s = time.monotonic()
@@ -240,7 +240,7 @@ def _swap_under_load(
         console.print(f"Version 2 is live, {swap_end_s - swap_start_s:.1f} s after it was {act}.", highlight=False)
         time.sleep(QUIET_S)
         rollback_start_s = time.monotonic()
-        _twotower("rollback", "--store", str(store_folder))
+        twotower("rollback", "--store", str(store_folder))
         _wait_for_live(client, 1, lambda: deployments.current().reason)
         time.sleep(QUIET_S / 2)
         load_end_s = time.monotonic()

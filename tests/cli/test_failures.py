@@ -35,6 +35,7 @@ COMMANDS = [
     "canary",
     "rollout",
     "demo",
+    "demo-text",
 ]
 
 WRONG = {
