@@ -24,6 +24,8 @@ from cli.local_stack import LocalStack
 from retrieval_client import RetrievalClient
 from towers.catalogue import Catalogue
 from towers.checkpoint import CheckpointStore
+from towers.schema import TextFeature
+from towers.text import TextTokenizer
 from trainer import export
 from trainer.beir import read_documents
 from trainer.bm25 import Texts, bm25_scores
@@ -34,6 +36,7 @@ from trainer.judge import evaluate_version
 from trainer.live import LIVE
 from trainer.model import TwoTowers
 from trainer.run import code_revision, prepare, publish
+from trainer.text import read_tokenizer
 
 METRICS = ("ndcg_at_10", "recall_at_100", "mrr_at_10")
 PUBLISHED = {
@@ -52,6 +55,7 @@ _NUM_CHECKED = 16
 _READY_S = 3600.0
 """Shards embed all abstracts before they are ready."""
 _TIMEOUT_S = 60.0
+_ALL_TOKENS = 1_000_000
 _NUM_VALIDATION = 80
 _NUM_STAND_INS = 8
 """Training claims in the place of the test claims, which training is not to see."""
@@ -161,6 +165,25 @@ def rows_of(name: str, comparison: Comparison) -> Rows:
     }
 
 
+def cut_off(settings: Settings, scifact: Path) -> str:
+    """What the item tower does not read of the abstracts.
+
+    Args:
+        settings: The configuration.
+        scifact: Folder of the data set.
+    """
+    (feature,) = parse_config(settings, CONFIG).feature_schema().of("item")
+    assert isinstance(feature, TextFeature)
+    tokenizer = TextTokenizer(read_tokenizer(feature), _ALL_TOKENS)
+    documents = read_documents(scifact / DATA["items"])[feature.column].to_pylist()
+    lengths = np.array([len(tokenizer.ids(document)) for document in documents])
+    over = np.maximum(lengths - feature.max_length, 0)
+    return (
+        f"{int((over > 0).sum()):,} of {len(over):,} abstracts ({(over > 0).mean():.1%}) have more than "
+        f"{feature.max_length} tokens; the rest is cut off, {over.sum() / lengths.sum():.1%} of all tokens"
+    )
+
+
 def lost(comparisons: Mapping[str, Comparison]) -> str:
     """What the service's index takes from exact search."""
     largest = max(
@@ -199,6 +222,7 @@ def main() -> None:
     tables.mkdir(parents=True, exist_ok=True)
     write_tables(scifact, tables)
     settings = runs.changed(runs.read_settings(CONFIG), {"data": DATA})
+    console.print(cut_off(settings, scifact), highlight=False)
     folder = arguments.runs / "scifact" / "untrained"
     found = {"zero-shot": judged(folder, untrained(settings, tables, folder, console), scifact)}
     for seed in range(0 if arguments.quick else arguments.seeds):

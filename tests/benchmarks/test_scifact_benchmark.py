@@ -54,19 +54,22 @@ def test_no_test_claim_is_trained_on(shared: Path, tmp_path: Path) -> None:
     assert len(found) < _DOCUMENTS
 
 
+def test_what_is_cut_off_is_counted(shared: Path, tmp_path: Path) -> None:
+    settings = runs.read_settings(_settings(tmp_path, max_length=5))
+    assert scifact.cut_off(settings, shared) == (
+        "150 of 150 abstracts (100.0%) have more than 5 tokens; the rest is cut off, 16.7% of all tokens"
+    ), "four words, and the tokens of start and end"
+
+
 def test_the_encoder_as_it_is_then_trained_and_both_served(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encoder = write_tiny_encoder(tmp_path / "encoder")
-    settings = tmp_path / "scifact.toml"
-    text = scifact.CONFIG.read_text().replace('"all-MiniLM-L6-v2"', f'"{encoder}"')
-    text = re.sub(r"max_length = \d+", "max_length = 16", text).replace("dim = 384", f"dim = {WIDTH}")
-    settings.write_text(re.sub(r"epochs = \d+", "epochs = 1", text))
-    monkeypatch.setattr(scifact, "CONFIG", settings)
+    monkeypatch.setattr(scifact, "CONFIG", _settings(tmp_path, max_length=16))
     file, folder = tmp_path / "figures.json", tmp_path / "runs"
     monkeypatch.setattr(sys, "argv", ["scifact", "--json", str(file), "--runs", str(folder)])
     scifact.main()
     out = capsys.readouterr().out
+    assert "0 of 150 abstracts (0.0%) have more than 16 tokens" in out
     assert re.search(r"all-MiniLM-L6-v2 \(published\) +│ +0\.6451", out)
     assert "differs from exact search by 0.0000 at most, 0.005 asked: reached" in " ".join(out.split())
     found = json.loads(file.read_text())
@@ -77,3 +80,11 @@ def test_the_encoder_as_it_is_then_trained_and_both_served(
     assert found["zero-shot"][0]["num_targets"] == _TESTED
     test = pq.read_table(shared / "queries.parquet").filter(pc.field("split") == "test")
     assert found["zero-shot"][0]["num_queries"] == test.num_rows
+
+
+def _settings(folder: Path, max_length: int) -> Path:
+    """The configuration with a tiny encoder and one epoch."""
+    text = scifact.CONFIG.read_text().replace('"all-MiniLM-L6-v2"', f'"{write_tiny_encoder(folder / "encoder")}"')
+    text = re.sub(r"max_length = \d+", f"max_length = {max_length}", text).replace("dim = 384", f"dim = {WIDTH}")
+    (folder / "scifact.toml").write_text(re.sub(r"epochs = \d+", "epochs = 1", text))
+    return folder / "scifact.toml"
