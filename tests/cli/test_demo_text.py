@@ -17,7 +17,7 @@ from cli.demo import library, text
 from towers.checkpoint import CheckpointStore
 from towers.store import Store
 
-pytestmark = pytest.mark.timeout(300)  # A whole training and two starts of all services.
+pytestmark = pytest.mark.timeout(600)  # A whole training and two starts of all services.
 
 _MODULES = ("json", "statistics", "shlex", "textwrap", "queue")
 _RUN = """
