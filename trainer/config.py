@@ -68,6 +68,9 @@ class DataConfig(_Table):
     each user are held out."""
     weight_column: str | None = Field(default=None, min_length=1)
     """Of the interactions: how much the loss of each counts beside the others'. Without it all count alike."""
+    label_column: str | None = Field(default=None, min_length=1)
+    """Of the interactions: 1 where the item was chosen, 0 where it was shown and not chosen; only what was chosen is an
+    interaction. Without it all were chosen."""
     csv_separator: str = Field(default=",", min_length=1, max_length=1)
 
     @model_validator(mode="after")
@@ -161,6 +164,8 @@ class TrainingConfig(_Table):
     """The window that they are drawn from: the first and the last rank, once items known to be liked are left out."""
     hard_negatives_every: int = Field(default=100, ge=1)
     """Steps for which the items are searched as they were embedded at the first of them."""
+    shown_negatives: int = Field(default=0, ge=0)
+    """Items that each query's user was shown and did not choose, that the query has as negatives of its own."""
     logq: LogQ = "counts"
     """Where the correction of negatives for how often they are drawn knows it from, for those of the batch: the
     training interactions, or the batches so far. `none`: no negative is corrected."""
@@ -200,6 +205,7 @@ class TrainingConfig(_Table):
             "uniform_negatives": self.uniform_negatives > 0,
             "memory": self.memory > 0,
             "hard_negatives": self.hard_negatives > 0,
+            "shown_negatives": self.shown_negatives > 0,
             'logq = "streaming"': self.logq == "streaming",
         }
         found = [name for name, is_set in others.items() if is_set]
@@ -371,6 +377,8 @@ def parse_config(content: Mapping[str, Any], path: Path) -> TrainerConfig:
     if not mistakes:
         mistakes += [f"[[features]] {mistake}" for mistake in _indivisible_widths(config)]
         mistakes += [f"[training] {mistake}" for mistake in _untimely(config)]
+        if config.training.shown_negatives and config.data.label_column is None:
+            mistakes.append("[training] shown_negatives: nothing says what was shown; name [data] label_column")
     if mistakes:
         raise kind("\n".join(f"{path}: {mistake}" for mistake in mistakes))
     return config.model_copy(update={"features": tuple(_located(entry, path.parent) for entry in config.features)})

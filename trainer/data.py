@@ -86,6 +86,19 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Impressions:
+    """M items that users were shown and did not choose, none after the last interaction that training has of the user.
+
+    Later ones say what happened besides what is to be predicted.
+    """
+
+    users: NDArray[np.int64]
+    """`[M]` row of the user."""
+    items: NDArray[np.int64]
+    """`[M]` row of the item."""
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """What the files hold, as far as the features read it."""
 
@@ -97,6 +110,8 @@ class TrainingData:
     """What was left out and why, one line each."""
     crossings: tuple[str, ...] = ()
     """Which columns of one side differ between rows of the other, one line each: features that are in no tower."""
+    impressions: Impressions | None = None
+    """None where nothing says what was shown."""
 
     @cached_property
     def popularity(self) -> Popularity:
@@ -120,6 +135,8 @@ class _Interactions:
     weights: NDArray[np.float64] | None
     parts: NDArray[np.int8] | None
     """Places in `PARTS`."""
+    is_chosen: NDArray[np.bool_] | None
+    """None where all are."""
     split_column: str | None
     claimed: Mapping[str, Coded]
     """The columns that are a user's or an item's feature by their name."""
@@ -147,13 +164,19 @@ def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> Traini
         items, users, interactions, read_notes, crossings = _read_tables(config, paths, item_features, user_features)
     rows, log_notes = _item_rows(interactions, items, paths["items"])
     users, user_rows, unlisted_notes = _user_rows(interactions, users)
-    kept = rows >= 0
+    is_listed = rows >= 0
+    kept = is_listed if interactions.is_chosen is None else is_listed & interactions.is_chosen
     weights = None if interactions.weights is None else interactions.weights[kept]
     parts = None if interactions.parts is None else interactions.parts[kept]
     log = order_by_time(user_rows[kept], rows[kept], interactions.timestamps_s[kept], weights, parts)
     split = split_by_time(log) if log.parts is None else split_as_given(log.parts)
     _check_enough(log, split, interactions)
-    tables = TrainingData(users, items, log, split, (*read_notes, *log_notes, *unlisted_notes), tuple(crossings))
+    notes = (*read_notes, *log_notes, *unlisted_notes)
+    impressions = None
+    if interactions.is_chosen is not None:
+        others = is_listed & ~interactions.is_chosen
+        impressions = shown_until(user_rows[others], rows[others], interactions.timestamps_s[others], log, split.train)
+    tables = TrainingData(users, items, log, split, notes, tuple(crossings), impressions)
     counted = [
         feature
         for feature in schema.of("item")
@@ -301,6 +324,20 @@ def split_as_given(parts: NDArray[np.int8]) -> Split:
     return Split(train, validation, test)
 
 
+def shown_until(
+    users: NDArray[np.integer[Any]],
+    items: NDArray[np.integer[Any]],
+    timestamps_s: NDArray[np.float64],
+    log: InteractionLog,
+    train: NDArray[np.int64],
+) -> Impressions:
+    """Of impressions `[M]` those that are not after the user's last interaction at the positions to train on."""
+    last_s = np.full(max(users.max(initial=0), log.users.max()) + 1, -math.inf)
+    np.maximum.at(last_s, log.users[train], log.timestamps_s[train])
+    is_known = timestamps_s <= last_s[users]
+    return Impressions(users[is_known].astype(np.int64), items[is_known].astype(np.int64))
+
+
 def data_window(log: InteractionLog, positions: NDArray[np.int64]) -> tuple[datetime, datetime]:
     """First and last moment of the interactions at some positions."""
     moments_s = log.timestamps_s[positions]
@@ -320,6 +357,8 @@ def _read_interactions(path: Path, config: DataConfig, features: Sequence[Featur
     if config.split_column is not None:
         columns.setdefault(config.split_column, "[data] split_column")
         as_strings.append(config.split_column)
+    if config.label_column is not None:
+        columns.setdefault(config.label_column, "[data] label_column")
     files = _files(path, "interactions")
     in_all = set.intersection(*(set(_column_names(file, config.csv_separator)) for file in files))
     own = {USER_ID, ITEM_ID, *columns}
@@ -338,7 +377,7 @@ def _as_interactions(
 ) -> _Interactions:
     """Interactions from tables with the file of each, for messages."""
     # Columns a part at a time: what is kept of a row are two codes and its numbers, never its strings.
-    user_codes, item_codes, timestamps_s, weights, parts = [], [], [], [], []
+    user_codes, item_codes, timestamps_s, weights, parts, is_chosen = [], [], [], [], [], []
     user_code_of: dict[str, int] = {}
     item_code_of: dict[str, int] = {}
     value_codes: dict[str, list[NDArray[np.int32]]] = {name: [] for name in claimed}
@@ -351,10 +390,16 @@ def _as_interactions(
             weights.append(_weights(part, file, config.weight_column))
         if config.split_column is not None:
             parts.append(_parts(part, file, config.split_column))
+        if config.label_column is not None:
+            is_chosen.append(_labels(part, file, config.label_column))
         for name in claimed:
             value_codes[name].append(_value_codes(part.column(name), value_code_of[name]))
     if not user_codes:
         raise InvalidInputError(_no_rows(path, "interactions"))
+    if is_chosen and not any(labels.any() for labels in is_chosen):
+        raise InvalidInputError(
+            f"{path}: column {config.label_column!r} ([data] label_column): no row says 1; give what was chosen too"
+        )
     user_ids, item_ids = list(user_code_of), list(item_code_of)
     for name, ids in ((config.user_id_column, user_ids), (config.item_id_column, item_ids)):
         if len(ids) < 2:
@@ -372,6 +417,7 @@ def _as_interactions(
         np.concatenate(timestamps_s),
         np.concatenate(weights) if weights else None,
         np.concatenate(parts) if parts else None,
+        np.concatenate(is_chosen) if is_chosen else None,
         config.split_column,
         {name: Coded(np.concatenate(codes), list(value_code_of[name])) for name, codes in value_codes.items()},
     )
@@ -692,6 +738,22 @@ def _weights(table: pa.Table, path: Path, name: str) -> NDArray[np.float64]:
             f"weight or one such as {weights[is_wrong][0]}; give finite numbers from 0 up"
         )
     return weights
+
+
+def _labels(table: pa.Table, path: Path, name: str) -> NDArray[np.bool_]:
+    """`[N]` whether each is chosen."""
+    column = _plain(table.column(name))
+    if not (_is_number(column.type) or pa.types.is_boolean(column.type)):
+        raise InvalidInputError(f"{path}: column {name!r} is {column.type}; [data] label_column must hold 0 and 1")
+    labels = pc.fill_null(column.cast(pa.float64()), math.nan).to_numpy()
+    is_wrong = ~np.isin(labels, (0, 1))
+    if is_wrong.any():
+        raise InvalidInputError(
+            f"{path}: column {name!r} ([data] label_column): {int(is_wrong.sum()):,} of {len(labels):,} rows hold no "
+            f"label or one such as {labels[is_wrong][0]:g}; write 1 for chosen, 0 for shown and not chosen"
+        )
+    is_chosen: NDArray[np.bool_] = labels == 1
+    return is_chosen
 
 
 def _parts(table: pa.Table, path: Path, name: str) -> NDArray[np.int8]:

@@ -37,10 +37,6 @@ class HardNegatives:
     windows: Tensor
     """`[Q, W]` what they were drawn from; -1 where there is less."""
 
-    def items(self) -> Tensor:
-        """`[Q * H]` rows of the items to embed; where there is none, any."""
-        return self.ids.clamp(min=0).flatten()
-
     def log_shares(self) -> Tensor:
         """`[Q]` log of the share of each window that was drawn: how often each item of it is expected among them."""
         drawn, there = (self.ids >= 0).sum(dim=1), (self.windows >= 0).sum(dim=1)

@@ -48,6 +48,7 @@ from trainer.model import TwoTowers
 from trainer.published import open_published
 from trainer.questions import ask
 from trainer.ranks import ALONE, Ranks
+from trainer.shown import Shown
 from trainer.slices import Slice, all_slices
 from trainer.step import TrainingExamples
 from trainer.text import encoder_files
@@ -254,6 +255,7 @@ def prepare(config: TrainerConfig, folder: Path) -> Prepared:
             losses.log_sampling_probabilities(item_counts),
             _weights(tables.log, split.train),
             encoder.items_as_of(split.train) if config.training.items_as_of == "interaction" else None,
+            _shown(tables) if config.training.shown_negatives else None,
         ),
         validation=_held_out(tables.log, split.validation, encoder, config),
         test=test,
@@ -277,6 +279,13 @@ def _weights(log: data.InteractionLog, positions: NDArray[np.int64]) -> Tensor |
         return None
     weights = log.weights[positions]
     return torch.from_numpy((weights / weights.mean()).astype(np.float32))
+
+
+def _shown(tables: data.TrainingData) -> Shown | None:
+    if tables.impressions is None:
+        return None
+    users, items = map(torch.from_numpy, (tables.impressions.users, tables.impressions.items))
+    return Shown.of(users, items, len(tables.users.ids), len(tables.items.ids))
 
 
 def publish(checkpoints: CheckpointStore, draft: CheckpointDraft, console: Console) -> int:

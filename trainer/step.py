@@ -20,6 +20,7 @@ from trainer.matryoshka import prefix
 from trainer.model import TwoTowers
 from trainer.negatives import Sources, joined
 from trainer.ranks import ALONE, Everywhere, Ranks
+from trainer.shown import Shown, keys_of
 
 _SCORES_AT_ONCE = 2**18
 """1 MB: passes over scores that a core's own cache holds take a third of the time of passes over memory."""
@@ -42,6 +43,8 @@ class TrainingExamples:
     """`[N]` what the loss of each interaction is multiplied by, 1 on average; None where all count alike."""
     as_of: ItemsAsOf | None
     """What of the items changes with time; None where they are as at the end of the training data."""
+    shown: Shown | None = None
+    """What users did not choose; None where that is no negative."""
 
 
 @dataclass(frozen=True)
@@ -180,11 +183,17 @@ def backward(
     log_counts = candidates.log_q + math.log(num_columns) if is_corrected else torch.zeros(num_columns)
     first = int(queries.own[0]) if len(queries.own) else 0
     hard = sources.hard(queries.embeddings.detach(), queries.own, asked.each_liked, epoch, step)
-    mined = None
-    if hard is not None:
-        ids = hard.items()
-        embed_hard = items_of(ids, queries.own.repeat_interleave(hard.ids.shape[1]))
-        mined = Embedded(embed_hard, torch.arange(len(ids)), chunk_size)
+    drawn = [] if hard is None else [hard.ids]
+    if examples.shown is not None and len(queries.own):
+        keys = keys_of(num_queries, options.seed, epoch, step)[queries.own]
+        shown = examples.shown.drawn(asked.users[queries.own], keys, options.shown_negatives)
+        drawn.append(shown.masked_fill(asked.each_liked(queries.own, shown), -1))
+    own_ids = torch.cat(drawn, dim=1) if drawn else None  # [n, H + S]
+    own_embedded = None
+    if own_ids is not None:
+        ids = own_ids.clamp(min=0).flatten()
+        embed_own = items_of(ids, queries.own.repeat_interleave(own_ids.shape[1]))
+        own_embedded = Embedded(embed_own, torch.arange(len(ids)), chunk_size)
 
     def of_part(part: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of what the queries at some places ask for; how many negatives are masked, are left, and there are."""
@@ -192,17 +201,20 @@ def backward(
         weights = None if asked.weights is None else asked.weights[interactions]
         liked = asked.are_liked(part, candidates.ids)  # [P, C]
         log_counts_of_part, own = log_counts, None
-        if hard is not None and mined is not None:
+        if own_ids is not None and own_embedded is not None:
             here = part - first
-            drawn = hard.ids[here]  # [P, H]
-            log_own_counts = torch.zeros(drawn.shape)
-            if is_corrected:
+            ids_of_part = own_ids[here]  # [P, H + S]
+            # What was shown is there once and for certain: the log of its count is 0.
+            log_own_counts = torch.zeros(ids_of_part.shape)
+            if is_corrected and hard is not None:
                 elsewhere = sources.log_expected(candidates.ids, num_columns)
-                log_own_counts = hard.log_counts(here, sources.log_expected(drawn.clamp(min=0), num_columns))
+                log_elsewhere = sources.log_expected(hard.ids[here].clamp(min=0), num_columns)
+                log_own_counts[:, : hard.ids.shape[1]] = hard.log_counts(here, log_elsewhere)
                 log_counts_of_part = hard.log_counts_elsewhere(
                     here, candidates.ids, log_counts, elsewhere, likes.num_items
                 )
-            own = losses.OwnNegatives(mined.embeddings.view(*hard.ids.shape, -1)[here], log_own_counts, drawn < 0)
+            embeddings = own_embedded.embeddings.view(*own_ids.shape, -1)[here]
+            own = losses.OwnNegatives(embeddings, log_own_counts, ids_of_part < 0)
         asks_liked = asked.are_liked(torch.arange(num_queries), asked.positives[part]).T if options.symmetric else None
 
         def loss_by(width: int) -> Tensor:
@@ -253,11 +265,11 @@ def backward(
         num_left = torch.zeros_like(part, dtype=torch.int32)
         if left_likes is not None:
             num_left += _count(left_likes.among(asked.users[part], candidates.ids) & ~liked)
-        if hard is not None:
-            drawn = hard.ids[part - first]
-            num_negatives += _count(drawn >= 0)
+        if own_ids is not None:
+            ids_of_part = own_ids[part - first]
+            num_negatives += _count(ids_of_part >= 0)
             if left_likes is not None:
-                num_left += _count(left_likes.each(asked.users[part], drawn))
+                num_left += _count(left_likes.each(asked.users[part], ids_of_part))
         counts = torch.stack([_count(liked) - 1, num_left, num_negatives])[:, within].sum(dim=1)
         return loss * (len(interactions) / batch_size), counts
 
@@ -273,8 +285,8 @@ def backward(
         figures += torch.cat([loss.detach().unsqueeze(0), counts])
     queries.backward()
     scored.backward()
-    if mined is not None:
-        mined.backward()
+    if own_embedded is not None:
+        own_embedded.backward()
     ranks.sum_gradients([*model.parameters(), *temperature.parameters()])
     sources.remember(asked.positives, scored.embeddings[columns].detach())
     loss_of_all, num_masked, num_left, num_negatives = ranks.summed(figures).tolist()

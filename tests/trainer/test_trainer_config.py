@@ -99,6 +99,7 @@ def test_bundled_configurations_differ_in_dimension_and_architecture() -> None:
             "dim = 8\n[training]\nhard_negatives = 3\nhard_negatives_ranks = [4, 5]",
             ["[training] hard_negatives_ranks = [4, 5]", "a window with room for hard_negatives"],
         ),
+        ("dim = 8", "dim = 8\n[training]\nshown_negatives = 2", ["shown_negatives", "name [data] label_column"]),
         ("dim = 8", "dim = 8\n[training]\nhard_negatives_ranks = [0, 9]", ["hard_negatives_ranks", "from 1"]),
         ("dim = 8", "dim = 8\n[training]\nhard_negatives_every = 0", ["hard_negatives_every = 0", "equal to 1"]),
         (

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import taken_steps
 import torch
@@ -31,6 +33,7 @@ CASES: list[tuple[dict[str, Any], int]] = [
     ({"training__table_optimiser": "adagrad", "training__chunk_size": 7}, 61),
     ({"model__matryoshka_dims": [3, 6], "training__memory": 40, "training__symmetric": True, **HARD}, 61),
     ({"training__items_as_of": "interaction", "training__uniform_negatives": 15, **HARD}, 61),
+    ({"data__label_column": "label", "training__shown_negatives": 3, **HARD}, 61),
     # The second step has one row for two processes.
     ({"training__memory": 40, **HARD}, 3),
 ]
@@ -63,6 +66,9 @@ def without_dropout(config: TrainerConfig) -> TrainerConfig:
 
 
 def test_two_processes_give_the_gradients_of_one(world: Path, configure: Configure) -> None:
+    table = pq.read_table(world / "interactions.parquet")
+    labels = pa.array([int(number % 4 > 0) for number in range(len(table))])
+    pq.write_table(table.append_column("label", labels), world / "interactions.parquet")
     cases = [(without_dropout(configure(**changes)), num_rows) for changes, num_rows in CASES]
     (world / "cases.json").write_text(json.dumps([(config.model_dump(mode="json"), rows) for config, rows in cases]))
     process = torchrun(world, taken_steps.__file__, str(world), str(world / "cases.json"))

@@ -20,7 +20,13 @@ Configure = Callable[..., TrainerConfig]
 NUM_ROWS = 61
 HARD: Mapping[str, Any] = {"training__hard_negatives": 2, "training__hard_negatives_ranks": [1, 7]}
 
-OTHER_ITEMS = {"training__uniform_negatives", "training__hard_negatives", "training__negatives"}
+SHOWN: Mapping[str, Any] = {"data__label_column": "label", "training__shown_negatives": 3}
+OTHER_ITEMS = {
+    "training__uniform_negatives",
+    "training__hard_negatives",
+    "training__shown_negatives",
+    "training__negatives",
+}
 """Sources that have others than the items of batches."""
 
 
@@ -42,6 +48,8 @@ OTHER_ITEMS = {"training__uniform_negatives", "training__hard_negatives", "train
         {"history__pooling": "transformer", "model__transformer_dropout": 0.0, **HARD},
         {"model__matryoshka_dims": [3, 6], "training__memory": 40, "training__symmetric": True, **HARD},
         {"model__matryoshka_dims": [3], "training__history_share": 0.5, **HARD},
+        {**SHOWN, "training__symmetric": True, "model__matryoshka_dims": [3], **HARD},
+        {**SHOWN, "training__history_share": 0.5},
         {"history__pooling": "transformer", "item_id__min_count": 1, "model__transformer_dropout": 0.0},
     ],
 )
@@ -51,7 +59,9 @@ def test_chunks_give_the_gradients_of_the_whole(
 ) -> None:
     table = pq.read_table(world / "interactions.parquet")
     weights = pa.array([1.0 + number % 3 for number in range(len(table))])
-    pq.write_table(table.append_column("weight", weights), world / "interactions.parquet")
+    labels = pa.array([int(number % 4 > 0) for number in range(len(table))])
+    table = table.append_column("weight", weights).append_column("label", labels)
+    pq.write_table(table, world / "interactions.parquet")
     changes = {"model__dropout": 0.0, **changes}
     whole, expected = take_steps(configure(**changes), world)
     in_chunks, gradients = take_steps(configure(**changes, training__chunk_size=chunk_size), world)
