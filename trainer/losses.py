@@ -71,6 +71,11 @@ def softmax_loss(
 
     With queries and items changed over it is the other direction, from each item to its query among the batch's.
 
+    In-batch negatives are drawn by popularity, q. With `score - log q` in the exponent, the positive's included, the
+    columns' sum is an estimate of the sum over all items (Bengio and Senécal 2008; Yi et al. 2019,
+    "Sampling-bias-corrected neural modeling for large corpus item recommendations"), so the loss estimates the full
+    softmax.
+
     Args:
         query_embeddings: `[B, D]` unit embeddings; row i is the query of interaction i.
         item_embeddings: `[C, D]` unit embeddings of the candidates; row `positives[i]` is the item of interaction i.
@@ -185,23 +190,6 @@ def scaled(scores: Tensor, temperature: Tensor | float) -> Tensor:
         `[B, C]`
     """
     return scores / temperature
-
-
-def logq_corrected(scores: Tensor, log_q: Tensor) -> Tensor:
-    """Subtracts log q of each column's item, the positive's included.
-
-    In-batch negatives are drawn by popularity, q. With `score - log q` in the exponent, the columns' sum is an
-    estimate of the sum over all items (Bengio and Senécal 2008; Yi et al. 2019, "Sampling-bias-corrected neural
-    modeling for large corpus item recommendations"), so the loss estimates the full softmax.
-
-    Args:
-        scores: `[B, C]`
-        log_q: `[C]` of each column's item, or `[B, C]` where it depends on the row.
-
-    Returns:
-        `[B, C]`
-    """
-    return scores - log_q
 
 
 def accidental_hits(items: Tensor, ids: Tensor) -> Tensor:

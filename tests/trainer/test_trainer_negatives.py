@@ -54,8 +54,8 @@ def test_uniform_draws_are_those_of_the_step_and_even() -> None:
 
 def sum_over_all(scores: Tensor, candidates: negatives.Candidates) -> float:
     """The estimate of the log of the sum over all items, of one query."""
-    corrected = losses.logq_corrected(scores[candidates.ids].unsqueeze(0), candidates.log_q)
-    return corrected.logsumexp(dim=1).item() - math.log(len(candidates.ids))
+    corrected = scores[candidates.ids] - candidates.log_q
+    return corrected.logsumexp(dim=0).item() - math.log(len(candidates.ids))
 
 
 def test_mixed_negatives_estimate_the_full_softmax_and_a_wrong_q_does_not() -> None:

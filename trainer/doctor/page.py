@@ -23,7 +23,8 @@ p.meaning, p.note { color: var(--soft); }
 .finding b { color: var(--colour); } .finding p { margin: .2rem 0; }
 .critical { --colour: var(--critical); } .warning { --colour: var(--warning); } .note { --colour: var(--note); }
 .well { --colour: var(--well); }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; flex: 1 1 26rem; min-width: 0; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; flex: 1 1 26rem; min-width: 0; max-width: 36rem; }
 figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: 14px; } caption { text-align: left; font-weight: 600; }
 th, td { text-align: left; padding: .15rem .9rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
