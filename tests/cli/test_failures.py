@@ -120,7 +120,11 @@ def test_wrong_input_is_one_line_and_an_exit_code(
 
 
 def test_help_of_every_command(twotower: Twotower) -> None:
-    names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    names = {
+        command.name or command.callback.__name__.replace("_", "-")
+        for command in app.registered_commands
+        if command.callback
+    }
     assert names == set(COMMANDS)
     for command in (*([name] for name in COMMANDS), ["catalog", "load"], ["serve", "index"], ["serve", "query"]):
         outcome = twotower(*command, "--help")
