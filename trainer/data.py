@@ -254,6 +254,32 @@ def digest_files(paths: Mapping[str, Path]) -> dict[str, str]:
     return digests
 
 
+def read_item_texts(config: DataConfig, folder: Path, columns: Sequence[str]) -> dict[str, str]:
+    """What items say in the first of some columns that their table has, by id; empty where it has none.
+
+    Args:
+        config: Names of files and columns.
+        folder: Where the files are.
+        columns: Names, whether or not a feature reads them.
+
+    Raises:
+        InvalidInputError: the item table cannot be read; names file, column and fix.
+    """
+    path = data_files(config, folder)["items"]
+    if config.layout == "beir":
+        table, id_column = beir.read_documents(path), ITEM_ID
+    else:
+        id_column = config.item_id_column
+        available = _column_names(path, config.csv_separator)
+        wanted = {id_column: f"[data] {ITEM_ID}_column"} | {name: "" for name in columns if name in available}
+        table = _read_table(path, "items", wanted, list(wanted), config.csv_separator)
+    column = next((name for name in columns if name in table.column_names), None)
+    if column is None:
+        return {}
+    pairs = zip(table.column(id_column).to_pylist(), table.column(column).to_pylist(), strict=True)
+    return {token: str(text) for item, text in pairs if text and (token := category_token(item)) is not None}
+
+
 def _digest(path: Path, table: str) -> str:
     try:
         with path.open("rb") as file:

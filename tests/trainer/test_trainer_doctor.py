@@ -100,6 +100,7 @@ def test_the_command_writes_a_page_that_needs_nothing_else(
         assert f"{finding['severity']} {finding['name']}: {finding['finding']}" in shown
         assert f"  Remedy: {finding['remedy']}" in shown
         assert finding["finding"] in tags.texts
+    assert any(text.startswith("Tale ") and "<genre>" in text for text in tags.texts)
     [training, *_] = written["sections"]
     assert training["figures"]["epochs"] == 6
 

@@ -10,12 +10,13 @@ import torch
 
 from towers.features import RawValue
 from trainer.config import DataConfig, TrainingConfig
-from trainer.data import order_by_time
+from trainer.data import order_by_time, read_item_texts
 from trainer.doctor import lists
 from trainer.doctor.accuracy import false_negative_share
 from trainer.doctor.leaks import given_away
 from trainer.doctor.lists import overlap, skewness, top_lists
-from trainer.doctor.neighbours import examples, read_titles
+from trainer.doctor.neighbours import examples
+from trainer.doctor.subject import TITLE_COLUMNS
 
 FIGURES_OF_GOOD_LISTS = {
     "overlap_of_two_lists": 0.1,
@@ -59,7 +60,7 @@ def test_skewness_by_hand() -> None:
     ],
 )
 def test_what_is_said_of_lists(changed: dict[str, float], expected: list[str]) -> None:
-    found = lists.list_findings(FIGURES_OF_GOOD_LISTS | changed, k=10)
+    found = lists.list_findings(FIGURES_OF_GOOD_LISTS | changed, k=10, logq="counts")
     assert [finding.name for finding in found] == expected
 
 
@@ -126,15 +127,15 @@ def test_titles_are_read_whether_or_not_a_feature_reads_them(tmp_path: Path) -> 
     table = pa.table({"item_id": [7, 8, 9], "name": ["no", "no", "no"], "title": ["Seven", None, "Nine"]})
     pq.write_table(table, tmp_path / "items.parquet")
     config = DataConfig(interactions="interactions.parquet", items="items.parquet")
-    assert read_titles(config, tmp_path) == {"7": "Seven", "9": "Nine"}
+    assert read_item_texts(config, tmp_path, TITLE_COLUMNS) == {"7": "Seven", "9": "Nine"}
     (tmp_path / "items.csv").write_text("film|name\n007|Bond\n008|\n")
     config = DataConfig(interactions="i.csv", items="items.csv", item_id_column="film", csv_separator="|")
-    assert read_titles(config, tmp_path) == {"007": "Bond"}
+    assert read_item_texts(config, tmp_path, TITLE_COLUMNS) == {"007": "Bond"}
     (tmp_path / "items.csv").write_text("film|year\n007|1962\n")
-    assert read_titles(config, tmp_path) == {}
+    assert read_item_texts(config, tmp_path, TITLE_COLUMNS) == {}
 
 
 def test_titles_of_documents(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"_id": "d1", "title": "On towers", "text": "They stand."}\n')
     config = DataConfig(layout="beir", interactions="qrels.tsv", items="corpus.jsonl", users="queries.jsonl")
-    assert read_titles(config, tmp_path) == {"d1": "On towers"}
+    assert read_item_texts(config, tmp_path, TITLE_COLUMNS) == {"d1": "On towers"}

@@ -3,13 +3,15 @@
 Deliberately does not know why.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from towers.schema import SequenceFeature
+from towers.features import UNKNOWN_ID
+from towers.schema import CategoricalFeature, Feature, SequenceFeature
 from trainer.baselines import baselines
 from trainer.bm25 import texts_of
 from trainer.bootstrap import intervals
@@ -18,7 +20,9 @@ from trainer.config import TrainingConfig
 from trainer.data import USER_ID, InteractionLog
 from trainer.doctor.report import Bars, Finding, Section, Table
 from trainer.doctor.subject import Subject, emptied, figure, shown
-from trainer.evaluate import embedding_scores, rank
+from trainer.encode import Tensors
+from trainer.evaluate import embedding_scores, query_figures, rank
+from trainer.published import Change
 from trainer.slices import all_slices
 
 MAX_GAP = 3.0
@@ -74,8 +78,8 @@ def gap_section(subject: Subject) -> Section:
         "Training, validation, test",
         "The metric on each user's newest interaction of each part. Training is best by nature; a wide gap is "
         "overfitting, a test far below validation a world that changes. False negatives are items that a user likes "
-        "and is pushed away from: the share of in-batch negatives, by popularity, that the user chose at any time and "
-        "that training does not mask.",
+        "and is pushed away from: the share of the negatives of a batch, or of all items where these are the "
+        "negatives, that the user chose at any time and that training does not mask.",
         findings,
         {**{f"{subject.metric}_{name}": value.value for name, value in found.items()}, "false_negatives": left},
         [_bars("By part", subject.metric, found)],
@@ -129,7 +133,10 @@ def slices_section(subject: Subject) -> Section:
         "training. item-popularity runs from 1, the least popular tenth of the items, to 10.",
         findings,
         {f"{model}_{subject.metric}": value.value for model, value in overall.items()},
-        [_bars("Models", subject.metric, overall), _bars("The towers by slice", subject.metric, parts)],
+        [
+            _bars("Models", subject.metric, overall),
+            *([_bars("The towers by slice", subject.metric, parts)] if parts else []),
+        ],
         [
             Table(
                 "By slice",
@@ -149,68 +156,80 @@ def slices_section(subject: Subject) -> Section:
 
 
 def newcomers_section(subject: Subject) -> Section:
-    """Items without a training interaction, and users without an id and a history."""
+    """Items without a training interaction, and users without a known id and a history."""
     targets = subject.questions.targets.pairs()[1]
     is_cold = subject.item_counts[targets] == 0
-    scores = embedding_scores(subject.query_embeddings, subject.item_embeddings)
-    ranking = rank(scores, subject.questions.targets, subject.questions.excluded, [subject.k])
     cold_share, num_cold = float((subject.item_counts == 0).mean()), int(is_cold.sum())
     figures = {"cold_share_of_the_catalogue": cold_share, "cold_targets": float(num_cold)}
     charts: dict[str, Figure] = {"all": figure(subject.values)}
     findings = []
     if num_cold >= MIN_TARGETS:
-        found = figure((ranking.ranks < subject.k)[is_cold].astype(np.float64))
-        warm = figure((ranking.ranks < subject.k)[~is_cold].astype(np.float64))
-        figures |= {"recall_of_cold_items": found.value, "recall_of_other_items": warm.value}
-        charts["cold items, recall"] = found
-        if found.high < MIN_COLD_OF_OVERALL * warm.value:
+        scores = embedding_scores(subject.query_embeddings, subject.item_embeddings)
+        ranking = rank(scores, subject.questions.targets, subject.questions.excluded, [subject.k])
+        found = figure(query_figures(ranking, [subject.k], is_cold)[subject.metric])
+        figures["cold_items"] = found.value
+        charts["cold items"] = found
+        if found.high < MIN_COLD_OF_OVERALL * charts["all"].value:
             findings.append(
                 Finding(
                     "cold-items-not-found",
                     "warning",
-                    f"Items without a training interaction are found with recall {shown(found)}, others with "
-                    f"{warm.value:.4f}.",
+                    f"{subject.metric} of items without a training interaction is {shown(found)}, of all "
+                    f"{charts['all'].value:.4f}.",
                     "Give the item tower features of content, and raise min_count of the item id, so that the tower "
                     "learns to do without it.",
                 )
             )
     personal = [
-        feature.name
+        feature
         for feature in subject.published.fitted.schema.of("query")
         if isinstance(feature, SequenceFeature) or feature.column == USER_ID
     ]
     if personal:
-        newcomer = subject.judged(embedding_scores(subject.changed_queries(emptied(personal)), subject.item_embeddings))
+        newcomer = subject.judged(embedding_scores(subject.changed_queries(as_new(personal)), subject.item_embeddings))
         counts = torch.from_numpy(subject.item_counts).float()
         popular = subject.judged(lambda start, stop: counts.expand(stop - start, -1))
         _, (high,) = intervals((newcomer - popular)[:, None]).tolist()
         figures |= {"new_users": float(newcomer.mean()), "popularity": float(popular.mean())}
-        charts |= {"users without id and history": figure(newcomer), "popularity": figure(popular)}
+        charts |= {"new users": figure(newcomer), "popularity": figure(popular)}
         if high < 0:
             findings.append(
                 Finding(
                     "new-users-below-popularity",
                     "warning",
-                    f"Without {' and '.join(personal)} {subject.metric} is {newcomer.mean():.4f}; the most popular "
-                    f"items for everybody have {popular.mean():.4f}.",
+                    f"{subject.metric} of new users is {newcomer.mean():.4f}; the most popular items for everybody "
+                    f"have {popular.mean():.4f}.",
                     "Show new users the most popular items, or raise [model] dropout and min_count of the user id, so "
                     "that the tower learns to do without them.",
                 )
             )
     return Section(
         "Newcomers",
-        "Cold items have no training interaction: only their features can place them. A new user has neither id nor "
-        "history; other features stay. Popularity is the same list for everybody, the least to be better than.",
+        "Cold items have no training interaction: only their features can place them. A new user has an id that "
+        "training never saw and no history; other features stay. Popularity is the same list for everybody, the least "
+        "to be better than.",
         findings,
         figures,
         [_bars("Newcomers", subject.metric, charts)],
     )
 
 
+def as_new(personal: Sequence[Feature]) -> Change:
+    """Users' ids as those that a vocabulary does not know, and nothing in all else that is theirs alone."""
+    unknown = [one.name for one in personal if isinstance(one, CategoricalFeature) and one.hash_buckets is None]
+    without = emptied([one.name for one in personal if one.name not in unknown])
+
+    def change(features: Tensors, rows: Tensor) -> Tensors:
+        ids = {name: torch.full_like(features[name], UNKNOWN_ID) for name in unknown}
+        return without(features, rows) | ids
+
+    return change
+
+
 def false_negative_share(
     log: InteractionLog, train: NDArray[np.int64], options: TrainingConfig, num_items: int
 ) -> float:
-    """Expected share of in-batch negatives that are liked and not masked.
+    """Expected share of the negatives that are liked and not masked; those in a batch come by their popularity.
 
     Args:
         log: All interactions; what a user chose at any time is liked.
@@ -219,6 +238,8 @@ def false_negative_share(
         num_items: I.
     """
     drawn = np.bincount(log.items[train], minlength=num_items) / len(train)
+    if options.negatives == "all":
+        drawn = np.full(num_items, 1 / num_items)
     in_training = np.unique(log.users[train] * num_items + log.items[train])
     liked = np.unique(log.users * num_items + log.items)
     if options.mask_known_positives:

@@ -19,6 +19,8 @@ _INK = "#010203"
 _COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7")
 _SIZE_INCHES = (6.4, 3.2)
 _BAR_INCHES = 0.26
+_MAX_LABEL = 36
+"""Characters."""
 _STYLE: dict[Any, Any] = {
     "text.color": _INK,
     "axes.edgecolor": _INK,
@@ -56,6 +58,8 @@ def _lines(chart: Lines) -> Figure:
     for colour, series in zip(_COLOURS, chart.series, strict=False):
         marker = "o" if len(series.x) <= 40 else ""
         axes.plot(series.x, series.y, label=series.label, color=colour, marker=marker, markersize=3, linewidth=1.5)
+        if series.lows:
+            axes.fill_between(series.x, series.lows, series.highs, color=colour, alpha=0.2, linewidth=0)
     if chart.is_log:
         axes.set_yscale("log")
     if all(float(x).is_integer() for series in chart.series for x in series.x):
@@ -75,11 +79,15 @@ def _bars(chart: Bars) -> Figure:
     axes.barh(places, chart.values, color=_COLOURS[0], height=0.7)
     if chart.lows:
         axes.hlines(places, chart.lows, chart.highs, color=_INK, linewidth=1.2)
-    # A label is data: a dollar sign in it begins no formula.
-    axes.set_yticks(places, [label.replace("$", r"\$") for label in chart.labels])
-    axes.invert_yaxis()
+    # A label is data: a dollar sign in it begins no formula, and a long one leaves no room for the bars.
+    axes.set_yticks(places, [_shortened(label).replace("$", r"\$") for label in chart.labels])
+    axes.set_ylim(len(chart.labels) - 0.4, -0.6)
     _finish(axes, chart.x_label)
     return figure
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 1]}…"
 
 
 def _finish(axes: Axes, x_label: str) -> None:

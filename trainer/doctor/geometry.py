@@ -73,7 +73,10 @@ def spectrum(embeddings: Tensor) -> NDArray[np.float64]:
 
 
 def effective_rank(shares: NDArray[np.float64]) -> float:
-    """Exponential of the entropy of a spectrum `[D]` (Roy and Vetterli 2007); 0 where nothing varies."""
+    """Of a covariance matrix, by its spectrum `[D]`: the exponential of its entropy (Roy and Vetterli 2007).
+
+    0 where nothing varies.
+    """
     there = shares[shares > 0]
     return float(np.exp(-(there * np.log(there)).sum())) if len(there) else 0.0
 

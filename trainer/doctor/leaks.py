@@ -6,6 +6,9 @@ Deliberately does not know the towers: a leak is in the data.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from towers.features import RawValue, category_token
 from towers.schema import CategoricalFeature, CategoricalListFeature, Owner
 from trainer.data import ITEM_ID, USER_ID
@@ -34,11 +37,7 @@ def certain_share(subject: Subject) -> dict[str, float]:
     step = -(-len(rows) // _MAX_TARGETS)
     users = log.users[subject.questions.positions][rows][::step].tolist()
     items = targets[::step].tolist()
-    users_of: dict[int, set[int]] = {}
-    items_of: dict[int, set[int]] = {}
-    for user, item in zip(log.users.tolist(), log.items.tolist(), strict=True):
-        users_of.setdefault(item, set()).add(user)
-        items_of.setdefault(user, set()).add(item)
+    users_of, items_of = partners(log.items, log.users, items), partners(log.users, log.items, users)
     shares = {}
     for feature in subject.published.fitted.schema.features:
         if not isinstance(feature, CategoricalFeature | CategoricalListFeature) or feature.column in (USER_ID, ITEM_ID):
@@ -51,6 +50,15 @@ def certain_share(subject: Subject) -> dict[str, float]:
     return shares
 
 
+def partners(keys: NDArray[np.int64], values: NDArray[np.int64], wanted: Sequence[int]) -> dict[int, set[int]]:
+    """Of pairs `[N]` of keys and values, all values of each wanted key."""
+    found: dict[int, set[int]] = {key: set() for key in wanted}
+    is_wanted = np.isin(keys, list(found))
+    for key, value in zip(keys[is_wanted].tolist(), values[is_wanted].tolist(), strict=True):
+        found[key].add(value)
+    return found
+
+
 def given_away(
     column: Sequence[RawValue], linked: Mapping[int, set[int]], pairs: Iterable[tuple[int, int]], min_others: int
 ) -> float:
@@ -59,7 +67,7 @@ def given_away(
     Args:
         column: `[R]` values of one side, or lists of them.
         linked: Of each row of the other side, the rows of this side that it goes with.
-        pairs: Of a row of this side and one of the other, that go together.
+        pairs: Of a row of this side and one of the other, that go together; there is one.
         min_others: Rows besides with a value, to know anything by it.
     """
     tokens_of = [_tokens(value) for value in column]
@@ -69,8 +77,7 @@ def given_away(
             holders.setdefault(token, set()).add(row)
     verdicts = [
         any(
-            len(holders[token]) > min_others
-            and _is_certain(holders[token] - {row}, linked[other] - {row}, len(column) - 1)
+            len(holders[token]) > min_others and is_certain(holders[token], linked[other], len(column))
             for token in tokens_of[row]
         )
         for row, other in pairs
@@ -78,12 +85,20 @@ def given_away(
     return sum(verdicts) / len(verdicts)
 
 
-def _is_certain(holders: set[int], linked: set[int], num_others: int) -> bool:
-    """Whether holders of a value all go with something, while chance would have so many of them hardly ever."""
-    hits = len(holders & linked)
-    if not hits or hits < MIN_SHARE * len(holders):
+def is_certain(holders: set[int], linked: set[int], num_rows: int) -> bool:
+    """Whether a value tells of a row what it goes with, were that not known.
+
+    That is: nearly all others that have the value go with it, and chance would hardly ever have so many of them do so.
+
+    Args:
+        holders: Rows with the value; the row itself is one.
+        linked: Rows that go with it; the row itself is one.
+        num_rows: Of this side.
+    """
+    hits, others = len(holders & linked) - 1, len(holders) - 1
+    if not hits or hits < MIN_SHARE * others:
         return False
-    return hits * math.log(len(linked) / num_others) <= math.log(MAX_CHANCE)
+    return hits * math.log((len(linked) - 1) / (num_rows - 1)) <= math.log(MAX_CHANCE)
 
 
 def _tokens(value: RawValue) -> set[str]:

@@ -31,6 +31,8 @@ MIN_PRIOR_GAIN = 0.2
 """Share of the metric that another weight of popularity must gain: below it the curve is flat, its top is chance."""
 WRONG_SIGN_WEIGHT = 1.5
 """From there on. Towers without a correction lack log q once, with the wrong sign twice."""
+MIN_ITEMS_PER_PLACE = 10
+"""Of the lists: with fewer, two lists of a small catalogue have much in common by chance alone."""
 PRIOR_WEIGHTS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 _ROWS_AT_ONCE = 256
 _HUBS_SHOWN = 10
@@ -39,7 +41,7 @@ _HISTOGRAM_STEPS = 30
 
 def lists_section(subject: Subject) -> Section:
     """Of the lists without exclusions: with them even one list for everybody would look like many."""
-    k = min(subject.k, len(subject.item_counts))
+    k = min(subject.k, max(1, len(subject.item_counts) // MIN_ITEMS_PER_PLACE))
     lists = top_lists(subject.query_embeddings, subject.item_embeddings, k)
     shown = np.bincount(lists.reshape(-1), minlength=len(subject.item_counts))
     _, times = np.unique(lists, axis=0, return_counts=True)
@@ -55,16 +57,16 @@ def lists_section(subject: Subject) -> Section:
     hubs = np.argsort(-shown, kind="stable")[:_HUBS_SHOWN]
     counts = np.bincount(chosen, minlength=len(shown))
     rows = [
-        (subject.data.items.ids[item], f"{shown[item] / len(lists):.1%}", f"{counts[item] / len(lists):.1%}")
+        (subject.item_names[item], f"{shown[item] / len(lists):.1%}", f"{counts[item] / len(lists):.1%}")
         for item in hubs.tolist()
     ]
     return Section(
         "What everybody is shown",
-        f"The {k} best items of each query, seen items included. Overlap is the share of a list that two users have in "
-        "common; 1 is the same list for everyone. k-occurrence is how often an item is in a list: high skewness means "
-        "hubs, that stand near to all queries (Radovanović et al. 2010). Coverage, Gini and popularity bias are as in "
-        "twotower evaluate.",
-        list_findings(figures, k),
+        f"The {k} best items of each query, seen items included: a list of the metric's length, or a tenth of a small "
+        "catalogue. Overlap is the share of a list that two users have in common; 1 is the same list for everyone. "
+        "k-occurrence is how often an item is in a list: high skewness means hubs, that stand near to all queries "
+        "(Radovanović et al. 2010). Coverage, Gini and popularity bias are as in twotower evaluate.",
+        list_findings(figures, k, subject.config.training.logq),
         figures,
         [_occurrences(shown)],
         [Table("Items in most lists", ("item", "of lists", "of choices"), rows)],
@@ -100,11 +102,7 @@ def popularity_section(subject: Subject) -> Section:
                 "Popularity added to the scores",
                 "weight of log q",
                 subject.metric,
-                [
-                    Series("mean", weights, means.tolist()),
-                    Series("95 % from", weights, lows.tolist()),
-                    Series("95 % to", weights, highs.tolist()),
-                ],
+                [Series("mean, 95 %", weights, means.tolist(), lows.tolist(), highs.tolist())],
             )
         ],
     )
@@ -144,15 +142,15 @@ def _occurrences(shown: NDArray[np.int64]) -> Lines:
     return Lines("How often items are shown", "items, most shown first", "lists that hold the item", [series])
 
 
-def list_findings(figures: Mapping[str, float], k: int) -> list[Finding]:
-    """What the figures of lists of k items say."""
+def list_findings(figures: Mapping[str, float], k: int, logq: str) -> list[Finding]:
+    """What the figures of lists of k items say; `logq` is the correction that training was to make."""
     findings = []
     if figures["overlap_of_two_lists"] > MAX_OVERLAP:
         findings.append(
             Finding(
                 "same-list-for-everyone",
                 "critical",
-                f"Two users have {figures['overlap_of_two_lists']:.0%} of their {k} items in common; the most frequent "
+                f"Two users have {figures['overlap_of_two_lists']:.0%} of their best {k} in common; the most frequent "
                 f"list goes to {figures['share_of_the_most_frequent_list']:.1%} of them.",
                 "Look whether the query tower has collapsed and which of its features matter; lower [training] "
                 "temperature, or give the query tower a history.",
@@ -166,20 +164,17 @@ def list_findings(figures: Mapping[str, float], k: int) -> list[Finding]:
                 "warning",
                 f"A few items are near to everything: the most frequent one is in {hub:.0%} of the lists, and the "
                 f"skewness of how often items are shown is {figures['k_occurrence_skewness']:.1f}.",
-                "Add [training] uniform_negatives or hard_negatives, and keep logq on.",
+                "Raise [training] uniform_negatives or hard_negatives: hubs are negatives too seldom.",
             )
         )
     bias = figures["popularity_bias"]
     if not 1 / MAX_POPULARITY_BIAS <= bias <= MAX_POPULARITY_BIAS:
-        more = bias > 1
         findings.append(
             Finding(
                 "popularity-bias",
                 "warning",
                 f"What is shown is {bias:.2f} times as popular as what users choose.",
-                'Add [training] uniform_negatives, or set logq = "none", which holds popular items back.'
-                if more
-                else 'Set [training] logq = "counts": without it popular items are pushed away too often.',
+                _too_popular_remedy(logq) if bias > 1 else _too_rare_remedy(logq),
             )
         )
     return findings
@@ -208,13 +203,25 @@ def popularity_finding(weight: float, metric: str, as_it_is: float, at_weight: f
             "popularity-missing",
             "warning",
             f"Popular items stand too low: {gain}.",
-            'Set [training] logq = "counts".'
-            if logq == "none"
-            else "Train longer, or with a larger embedding: popularity has not been learned yet.",
+            _too_rare_remedy(logq),
         )
     return Finding(
         "popularity-excess",
         "warning",
         f"Popular items stand too high: {gain}.",
-        'Add [training] uniform_negatives, or set logq = "none".',
+        _too_popular_remedy(logq),
     )
+
+
+def _too_popular_remedy(logq: str) -> str:
+    """Of what is not in force yet."""
+    if logq != "none":
+        return 'Set [training] logq = "none", which holds popular items back, and compare the metric.'
+    return "Look which features matter: towers that know little of a user fall back on what all like."
+
+
+def _too_rare_remedy(logq: str) -> str:
+    """The same of items that are not popular enough."""
+    if logq == "none":
+        return 'Set [training] logq = "counts": without it popular items are pushed away too often.'
+    return "Train longer, or with a larger embedding: popularity has not been learned yet."

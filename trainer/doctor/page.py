@@ -23,11 +23,12 @@ p.meaning, p.note { color: var(--soft); }
 .finding b { color: var(--colour); } .finding p { margin: .2rem 0; }
 .critical { --colour: var(--critical); } .warning { --colour: var(--warning); } .note { --colour: var(--note); }
 .well { --colour: var(--well); }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; flex: 1 1 26rem; min-width: 0; max-width: 36rem; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+.row > * { margin: 0; flex: 0 1 30rem; min-width: 0; }
 figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: 14px; } caption { text-align: left; font-weight: 600; }
-th, td { text-align: left; padding: .15rem .9rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: .15rem .9rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: break-word; }
 .wide { overflow-x: auto; }
 """
 
@@ -60,12 +61,12 @@ def _section(section: Section) -> Iterator[str]:
     yield f"<h2>{escape(section.title)}</h2>"
     yield f'<p class="meaning">{escape(section.meaning)}</p>'
     yield from map(_finding, section.findings)
-    if section.charts:
-        drawn = "".join(f"<figure><figcaption>{escape(c.title)}</figcaption>{svg(c)}</figure>" for c in section.charts)
-        yield f'<div class="charts">{drawn}</div>'
+    row = [f"<figure><figcaption>{escape(chart.title)}</figcaption>{svg(chart)}</figure>" for chart in section.charts]
     if section.figures:
-        rows = [(name.replace("_", " "), f"{value:.4g}") for name, value in section.figures.items()]
-        yield _table(Table("Figures", ("figure", "value"), rows))
+        figures = [(name.replace("_", " "), f"{value:.4g}") for name, value in section.figures.items()]
+        row.append(_table(Table("Figures", ("figure", "value"), figures)))
+    if row:
+        yield f'<div class="row">{"".join(row)}</div>'
     yield from map(_table, section.tables)
 
 

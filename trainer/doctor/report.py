@@ -25,11 +25,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart."""
+    """One line of a chart, with the bounds of its intervals where it has any."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    lows: Sequence[float] = ()
+    highs: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

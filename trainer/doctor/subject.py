@@ -17,7 +17,7 @@ from towers.checkpoint import Manifest
 from trainer.bootstrap import intervals
 from trainer.comparison import Figure
 from trainer.config import TrainerConfig
-from trainer.data import TrainingData, read_data
+from trainer.data import TrainingData, read_data, read_item_texts
 from trainer.encode import DataEncoder, EncodedQueries, Tensors
 from trainer.evaluate import ScoreRows, embedding_scores, query_figures, rank
 from trainer.published import Change, PublishedTowers
@@ -25,6 +25,8 @@ from trainer.questions import ItemLists, Questions, ask
 
 MAX_QUERIES = 2000
 """Users that are asked, evenly spaced: every permuted feature costs another pass over all of them."""
+TITLE_COLUMNS = ("title", "name")
+"""Of the item table; the first that is there names the items."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Subject:
     def temperature(self) -> float:
         """Of the epoch that was published."""
         return temperature_of(self.published.manifest, self.config)
+
+    @cached_property
+    def item_names(self) -> list[str]:
+        """`[I]` titles, whether or not a feature reads them; ids of items without."""
+        titles = read_item_texts(self.config.data, self.folder, TITLE_COLUMNS)
+        return [titles.get(item, item) for item in self.data.items.ids]
 
     @cached_property
     def queries(self) -> EncodedQueries:

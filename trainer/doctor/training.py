@@ -54,9 +54,13 @@ def training_section(manifest: Manifest, config: TrainerConfig) -> Section:
 
 
 def best_probability(config: TrainerConfig, temperature: float) -> float:
-    """Of a positive at cosine 1 whose negatives are all at -1, with as many as a batch gives."""
+    """Of a positive at cosine 1 whose negatives are all at -1, with as many as a batch gives.
+
+    Where all items are negatives there are more, and it is less.
+    """
     options = config.training
-    num_negatives = options.batch_size - 1 + options.uniform_negatives + options.memory + options.hard_negatives
+    num_negatives = options.batch_size - 1 + options.uniform_negatives + options.memory
+    num_negatives += options.hard_negatives + options.shown_negatives
     return 1 / (1 + num_negatives * math.exp(-2 / temperature))
 
 
