@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from html import escape
 
 from trainer.doctor.charts import svg
-from trainer.doctor.report import Finding, Report, Section, Table
+from trainer.doctor.report import Finding, Report, Section, Table, worst_first
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --text: #1f2937; --soft: #6b7280; --line: #d1d5db; --box: #f9fafb;
@@ -60,7 +60,7 @@ def _body(report: Report) -> Iterator[str]:
 def _section(section: Section) -> Iterator[str]:
     yield f"<h2>{escape(section.title)}</h2>"
     yield f'<p class="meaning">{escape(section.meaning)}</p>'
-    yield from map(_finding, section.findings)
+    yield from map(_finding, worst_first(section.findings))
     row = [f"<figure><figcaption>{escape(chart.title)}</figcaption>{svg(chart)}</figure>" for chart in section.charts]
     if section.figures:
         figures = [(name.replace("_", " "), f"{value:.4g}") for name, value in section.figures.items()]

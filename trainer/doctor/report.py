@@ -3,7 +3,7 @@
 Deliberately does not know how they come about, nor how they are drawn.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,11 @@ class Finding:
     severity: Severity
     finding: str
     remedy: str
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Those of one severity stay in their order."""
+    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,7 @@ class Report:
     @property
     def findings(self) -> list[Finding]:
         """Of all sections, worst first."""
-        found = [finding for section in self.sections for finding in section.findings]
-        return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+        return worst_first(finding for section in self.sections for finding in section.findings)
 
     def as_json(self) -> dict[str, Any]:
         """Findings and figures, for a file."""
