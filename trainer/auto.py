@@ -244,7 +244,7 @@ def _of_text_training(shape: Shape, given: Settings) -> Iterator[Choice]:
 
 def _of_negatives(shape: Shape, given: Settings, batch_size: int) -> Iterator[Choice]:
     are_drawn = given.get("logq") == "streaming" or any(
-        given.get(name, 0) for name in ("uniform_negatives", "memory", "hard_negatives")
+        given.get(name, 0) for name in ("uniform_negatives", "memory", "hard_negatives", "shown_negatives")
     )
     is_small = shape.num_items <= MOST_ITEMS_AT_ONCE
     if is_small and not are_drawn:

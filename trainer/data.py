@@ -87,15 +87,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Impressions:
-    """M items that users were shown and did not choose, none after the last interaction that training has of the user.
-
-    Later ones say what happened besides what is to be predicted.
-    """
+    """M items that users were shown and did not choose, none of the time that is to be predicted."""
 
     users: NDArray[np.int64]
     """`[M]` row of the user."""
     items: NDArray[np.int64]
     """`[M]` row of the item."""
+    num_left_out: int
+    """Those of that time, which would tell of it."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +170,16 @@ def read_data(config: DataConfig, schema: FeatureSchema, folder: Path) -> Traini
     log = order_by_time(user_rows[kept], rows[kept], interactions.timestamps_s[kept], weights, parts)
     split = split_by_time(log) if log.parts is None else split_as_given(log.parts)
     _check_enough(log, split, interactions)
-    notes = (*read_notes, *log_notes, *unlisted_notes)
+    notes = [*read_notes, *log_notes, *unlisted_notes]
     impressions = None
     if interactions.is_chosen is not None:
-        others = is_listed & ~interactions.is_chosen
-        impressions = shown_until(user_rows[others], rows[others], interactions.timestamps_s[others], log, split.train)
-    tables = TrainingData(users, items, log, split, notes, tuple(crossings), impressions)
+        impressions = _impressions(interactions, user_rows, rows, log, split.train)
+        if impressions.num_left_out:
+            notes.append(
+                f"{interactions.path}: column {config.label_column!r}: {impressions.num_left_out:,} rows that say 0 "
+                "are not of the time, or the part of the split, that is trained on and were left out"
+            )
+    tables = TrainingData(users, items, log, split, tuple(notes), tuple(crossings), impressions)
     counted = [
         feature
         for feature in schema.of("item")
@@ -350,18 +353,27 @@ def split_as_given(parts: NDArray[np.int8]) -> Split:
     return Split(train, validation, test)
 
 
-def shown_until(
-    users: NDArray[np.integer[Any]],
-    items: NDArray[np.integer[Any]],
-    timestamps_s: NDArray[np.float64],
+def _impressions(
+    interactions: _Interactions,
+    users: NDArray[np.int32],
+    items: NDArray[np.int32],
     log: InteractionLog,
     train: NDArray[np.int64],
 ) -> Impressions:
-    """Of impressions `[M]` those that are not after the user's last interaction at the positions to train on."""
-    last_s = np.full(max(users.max(initial=0), log.users.max()) + 1, -math.inf)
-    np.maximum.at(last_s, log.users[train], log.timestamps_s[train])
-    is_known = timestamps_s <= last_s[users]
-    return Impressions(users[is_known].astype(np.int64), items[is_known].astype(np.int64))
+    """What was shown and not chosen, of rows `[N]` of users and items, as far as training may know of it.
+
+    Where the split is given that is what it says to train on; else nothing after the user's last interaction at the
+    positions to train on.
+    """
+    assert interactions.is_chosen is not None
+    shown = np.flatnonzero((items >= 0) & ~interactions.is_chosen)
+    if interactions.parts is not None:
+        known = shown[interactions.parts[shown] == PARTS.index("train")]
+    else:
+        last_s = np.full(max(users.max(), log.users.max()) + 1, -math.inf)
+        np.maximum.at(last_s, log.users[train], log.timestamps_s[train])
+        known = shown[interactions.timestamps_s[shown] <= last_s[users[shown]]]
+    return Impressions(users[known].astype(np.int64), items[known].astype(np.int64), len(shown) - len(known))
 
 
 def data_window(log: InteractionLog, positions: NDArray[np.int64]) -> tuple[datetime, datetime]:

@@ -284,6 +284,11 @@ def _weights(log: data.InteractionLog, positions: NDArray[np.int64]) -> Tensor |
 def _shown(tables: data.TrainingData) -> Shown | None:
     if tables.impressions is None:
         return None
+    if not len(tables.impressions.items):
+        raise InvalidInputError(
+            "[training] shown_negatives: no row of what is trained on says 0 in [data] label_column; give some, or "
+            "leave it out"
+        )
     users, items = map(torch.from_numpy, (tables.impressions.users, tables.impressions.items))
     return Shown.of(users, items, len(tables.users.ids), len(tables.items.ids))
 

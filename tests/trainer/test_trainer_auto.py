@@ -172,6 +172,14 @@ def test_what_is_given_stays_and_the_rest_goes_with_it(
         assert values.items() <= whole[table].items()
 
 
+def test_impressions_asked_for_are_drawn_beside_a_batch() -> None:
+    """Against all items they would be refused."""
+    settings = {"data": {**DATA["data"], "label_column": "label"}, "training": {"shown_negatives": 2}}
+    whole = completed(settings, choose(FILMS, settings, has_encoder=True))
+    assert (whole["training"]["negatives"], whole["training"]["shown_negatives"]) == ("batch", 2)
+    parse_config(whole, Path("some.toml"))
+
+
 def test_a_shape_is_counted() -> None:
     log = order_by_time(
         np.array([0, 0, 0, 0, 0, 1, 1, 1, 2]),

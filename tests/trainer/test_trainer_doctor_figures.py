@@ -1,5 +1,7 @@
 """Figures of the doctor with known answers, and the findings that follow from them."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from towers.features import RawValue
-from trainer.config import DataConfig, TrainingConfig
+from trainer.config import DataConfig, TrainerConfig, TrainingConfig
 from trainer.data import order_by_time, read_item_texts
 from trainer.doctor import lists
 from trainer.doctor.accuracy import false_negative_share
@@ -17,6 +19,7 @@ from trainer.doctor.leaks import given_away
 from trainer.doctor.lists import overlap, skewness, top_lists
 from trainer.doctor.neighbours import examples
 from trainer.doctor.subject import TITLE_COLUMNS
+from trainer.doctor.training import best_probability
 
 FIGURES_OF_GOOD_LISTS = {
     "overlap_of_two_lists": 0.1,
@@ -75,6 +78,15 @@ def test_what_is_said_of_lists(changed: dict[str, float], expected: list[str]) -
 )
 def test_what_is_said_of_the_weight_of_popularity(weight: float, logq: str, expected: str) -> None:
     assert lists.popularity_finding(weight, "recall_at_10", 0.1, 0.2, logq).name == expected
+
+
+def test_negatives_of_all_sources_take_their_part_of_the_best_probability(
+    configure: Callable[..., TrainerConfig],
+) -> None:
+    """At temperature 1: 3 of the batch, 5 uniform, 7 remembered, 2 hard and 4 shown."""
+    sources = {"batch_size": 4, "uniform_negatives": 5, "memory": 7, "hard_negatives": 2, "shown_negatives": 4}
+    config = configure(**{f"training__{name}": number for name, number in sources.items()})
+    assert best_probability(config, 1.0) == pytest.approx(math.e / (math.e + 21 / math.e))
 
 
 def test_false_negatives_by_hand() -> None:

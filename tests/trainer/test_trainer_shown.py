@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -87,6 +88,28 @@ def test_what_was_not_chosen_is_no_interaction_and_the_future_is_not_known(tmp_p
     pairs = zip(found.impressions.users.tolist(), found.impressions.items.tolist(), strict=True)
     # Training ends with item 11 at 3 for user 1, with item 11 at 0 for user 2: 15 and 14 come after.
     assert [(found.users.ids[user], found.items.ids[item]) for user, item in pairs] == [("1", "14"), ("1", "10")]
+    assert found.notes == (
+        f"{tmp_path / 'log.parquet'}: column 'shown': 2 rows that say 0 are not of the time, or the part of the split, "
+        "that is trained on and were left out",
+    )
+
+
+def test_a_given_split_says_which_impressions_are_trained_on(tmp_path: Path) -> None:
+    """Whatever their time: 12 is shown last, but to train on."""
+    columns = {
+        "user_id": [1, 1, 1, 1, 1, 1],
+        "item_id": [10, 11, 12, 13, 14, 15],
+        "timestamp": [1, 5, 9, 0, 0, 0],
+        "shown": [1, 1, 0, 0, 0, 0],
+        "part": ["train", "test", "train", "history", "validation", "test"],
+    }
+    others = {"user_id": [2], "item_id": [11], "timestamp": [0], "shown": [1], "part": ["train"]}
+    pq.write_table(pa.concat_tables([pa.table(columns), pa.table(others)]), tmp_path / "log.parquet")
+    pq.write_table(pa.table({"item_id": [10, 11, 12, 13, 14, 15]}), tmp_path / "items.parquet")
+    config = DataConfig(interactions="log.parquet", items="items.parquet", label_column="shown", split_column="part")
+    found = data.read_data(config, SCHEMA, tmp_path).impressions
+    assert found is not None
+    assert (found.users.tolist(), found.items.tolist(), found.num_left_out) == ([0], [2], 3)
 
 
 @pytest.mark.parametrize(
@@ -141,3 +164,37 @@ def test_a_resumed_run_draws_what_an_undisturbed_one_does(world: Path, configure
     saved = state.load_state(tmp_path / "interrupted")
     assert not saved.progress.is_finished
     assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
+
+
+def test_without_any_that_training_may_know_they_are_refused(world: Path, configure: Configure) -> None:
+    table = pq.read_table(world / "interactions.parquet")
+    pq.write_table(table.append_column("label", pa.array([1] * len(table))), world / "interactions.parquet")
+    with pytest.raises(
+        InvalidInputError, match=r"^\[training\] shown_negatives: no row of what is trained on says 0 .* give some"
+    ):
+        run(configure(**SHOWN), world, world / "state")
+
+
+def test_what_nobody_chooses_is_learned_from_its_impressions(world: Path, configure: Configure, tmp_path: Path) -> None:
+    """Users choose the first half of their own kind's items and decline the other half, which no batch holds.
+
+    What nobody chooses, uniform negatives tell too.
+    """
+    table = pq.read_table(world / "interactions.parquet")
+    pq.write_table(table.filter(pc.field("item_id") < 20), world / "interactions.parquet")
+    labelled(world, [(user, item) for user in range(60) for item in range(20 + user % 2, 40, 2)])
+    found = {}
+    for num_shown, num_uniform in ((0, 0), (2, 0), (0, 16)):
+        config = configure(
+            **(SHOWN | {"training__shown_negatives": num_shown}),
+            training__uniform_negatives=num_uniform,
+            item_id__min_count=1,
+            training__epochs=8,
+            training__patience=8,
+            evaluation__metric="recall_at_5",
+        )
+        features = [entry for entry in config.features if entry["name"] in ("user_id", "item_id", "tags", "title")]
+        config = config.model_copy(update={"features": tuple(features)})
+        state_file = tmp_path / f"{num_shown} {num_uniform}"
+        found[num_shown, num_uniform] = run(config, world, state_file).progress.best_metric
+    assert min(found[2, 0], found[0, 16]) > found[0, 0] + 0.2
