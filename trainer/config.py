@@ -31,6 +31,7 @@ LogQ = Literal["counts", "streaming", "none"]
 TableOptimiser = Literal["adamw", "adagrad"]
 Schedule = Literal["constant", "linear", "cosine"]
 Moment = Literal["end", "interaction"]
+Precision = Literal["float32", "bfloat16"]
 Layout = Literal["tables", "beir"]
 
 _METRIC = re.compile(r"(recall|ndcg|mrr)_at_(\d+)")
@@ -181,6 +182,8 @@ class TrainingConfig(_Table):
     items_as_of: Moment = "end"
     """When items are as old and as popular as training sees them: at the end of the training data, or at each
     interaction (`trainer.as_of`)."""
+    precision: Precision = "float32"
+    """Of the matrix products of the towers in training; weights, embeddings, scores and the loss are float32 always."""
     patience: int = Field(default=3, ge=1)
     """Training ends after this many epochs without a better validation metric."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -99,7 +99,8 @@ class TowerNetwork(nn.Module):
             `[B, D]` unit embeddings.
         """
         parts = [self._vector(feature, features[feature.name], places) for feature in self.features]
-        return normalised(self.projection(torch.cat(parts, dim=1)))  # [B, D]
+        # In float32 where training multiplies in fewer bits, whose unit vectors would be off by as many.
+        return normalised(self.projection(torch.cat(parts, dim=1)).float())  # [B, D]
 
     def cut(self, dim: int) -> None:
         """From now on embeddings are the first dimensions of what they were, at unit length."""

@@ -107,6 +107,7 @@ def test_bundled_configurations_differ_in_dimension_and_architecture() -> None:
             'dim = 8\n[training]\nnegatives = "all"\nlogq = "streaming"',
             ["[training]", 'leave out logq = "streaming"'],
         ),
+        ("dim = 8", 'dim = 8\n[training]\nprecision = "float16"', ["[training] precision", "'float32' or 'bfloat16'"]),
         ("dim = 8", 'dim = 8\n[training]\nlogq = "stream"', ["[training] logq", "'counts', 'streaming' or 'none'"]),
         (
             "dim = 8",

@@ -126,6 +126,29 @@ def test_windows_of_all_that_is_not_liked_give_the_softmax_over_all_items(world:
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name: n + text)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__query_hidden": [16], "model__item_hidden": [16]},
+        {"history__pooling": "attention", "training__history_share": 0.5, **HARD},
+        {"history__pooling": "transformer", "model__transformer_dropout": 0.0, "training__chunk_size": 20},
+    ],
+)
+def test_bfloat16_gives_the_gradients_of_float32_but_for_its_rounding(
+    world: Path, configure: Configure, changes: dict[str, Any]
+) -> None:
+    """It rounds by a share of 1/512 at most, here in products one behind the other."""
+    changes = {"item_id__min_count": 1, "model__dropout": 0.0, **changes}
+    exact, expected = take_steps(configure(**changes), world)
+    rounded, gradients = take_steps(configure(**changes, training__precision="bfloat16"), world)
+    assert rounded.loss != exact.loss
+    assert rounded.loss == pytest.approx(exact.loss, rel=0.01)
+    assert gradients.keys() == expected.keys()
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    of_all = [torch.cat([named[name].flatten() for name in sorted(named)]) for named in (gradients, expected)]
+    assert (of_all[0] - of_all[1]).norm() < 0.05 * of_all[1].norm()
+
+
 def test_the_second_pass_drops_what_the_first_one_dropped() -> None:
     torch.manual_seed(0)
     tower = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5))

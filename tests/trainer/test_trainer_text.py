@@ -91,6 +91,19 @@ def test_length_and_company_change_nothing(folder: Path, monkeypatch: pytest.Mon
     torch.testing.assert_close(model.item({"passage": torch.nn.functional.pad(ids, (0, 9))}), together)
 
 
+def test_in_bfloat16_vectors_are_rounded_and_as_long_as_ever(folder: Path) -> None:
+    towers, encoder = build(features(folder))
+    towers.eval()
+    ids = {"question": ids_of(encoder, ["red apple", "old house"])}
+    with torch.no_grad():
+        exact = towers.query(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = towers.query(ids)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded.norm(dim=1), torch.ones(2), atol=1e-6, rtol=0)
+    assert 0 < (rounded - exact).abs().max() < 0.05
+
+
 def test_no_text_is_zero_in_the_exported_tower_too(folder: Path) -> None:
     """An untrained projection has no bias to fall back on: all that normalises is the floor."""
     schema = parse_schema(features(folder))

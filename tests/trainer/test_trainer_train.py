@@ -103,7 +103,14 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     assert config.model.dropout > 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"training__chunk_size": 20}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training__chunk_size": 20},
+        {"training__precision": "bfloat16", "history__pooling": "transformer", "item_id__min_count": 1},
+    ],
+)
 def test_with_rowwise_adagrad_a_resumed_run_equals_an_undisturbed_one(
     world: Path, configure: Configure, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -115,6 +122,7 @@ def test_with_rowwise_adagrad_a_resumed_run_equals_an_undisturbed_one(
         run(config, world, tmp_path / "interrupted", interrupt_at=20)
     saved = state.load_state(tmp_path / "interrupted")
     assert not saved.progress.is_finished
+    assert {parameter.dtype for parameter in saved.parameters.values()} == {torch.float32}
     assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
     assert_equal(run(config, world, tmp_path / "again"), undisturbed)
 
