@@ -183,11 +183,11 @@ def scaled(scores: Tensor, temperature: Tensor | float) -> Tensor:
     """Cosine scores lie in [-1, 1], too narrow for a softmax; dividing by a temperature below 1 widens them.
 
     Args:
-        scores: `[B, C]`
+        scores: Cosines, or the queries that they are to be the products of: that is cheaper.
         temperature: Above 0.
 
     Returns:
-        `[B, C]`
+        The same shape.
     """
     return scores / temperature
 
@@ -236,7 +236,7 @@ def above_margin(scores: Tensor, positives: Tensor, margin: float) -> Tensor:
 
 
 def masked(scores: Tensor, is_false_negative: Tensor) -> Tensor:
-    """Takes columns out of the softmax.
+    """Takes columns out of the softmax, where the scores lie: a copy would cost as much as their product.
 
     Args:
         scores: `[B, C]`

@@ -117,10 +117,12 @@ def measure(length: Length, num_threads: int, peer_python: Path | None, folder: 
             stack.callback(process.close)
             return process
 
-        usual, sleeping = started(ours, threads), started(ours, {**threads, "OMP_WAIT_POLICY": "PASSIVE"})
-        sides: dict[str, tuple[Process, str]] = {name: (usual, name) for name in (ROWWISE, ADAMW, NONE)}
-        sides[SLEEPING] = (sleeping, ROWWISE)
-        versions, skipped = {"ours": usual.version}, {}
+        waiting = {**threads, "OMP_WAIT_POLICY": "PASSIVE"}
+        # Not for ever, as with the policy "active": that would take a core from all other sides.
+        spinning, passive = started(ours, {**waiting, "GOMP_SPINCOUNT": "300000"}), started(ours, waiting)
+        sides: dict[str, tuple[Process, str]] = {name: (spinning, name) for name in (ROWWISE, ADAMW, NONE)}
+        sides[SLEEPING] = (passive, ROWWISE)
+        versions, skipped = {"ours": spinning.version}, {}
         if peer_python is None:
             skipped[TFRS] = "no --peer-python"
         else:
