@@ -19,7 +19,7 @@ from towers.errors import InvalidInputError
 from trainer.config import DataConfig
 
 _PART_OF = {"train": "train", "dev": "validation", "test": "test"}
-"""Name of a file of judgements to what its pairs are for, the latter as in `trainer.data.PARTS`."""
+"""Name of a file of judgements to what its pairs are for, the latter as in `trainer.columns.PARTS`."""
 _JUDGEMENTS_NAME = re.compile(rf"(?:.*[_.-])?({'|'.join(_PART_OF)})")
 _JUDGEMENT_COLUMNS = ("query-id", "corpus-id", "score")
 _VALIDATION_SHARE = 0.1

@@ -65,8 +65,8 @@ class DataConfig(_Table):
     timestamp_column: str = Field(default="timestamp", min_length=1)
     """Unix seconds, or a date and time."""
     split_column: str | None = Field(default=None, min_length=1)
-    """Of the interactions: what each is for, where that is given (`trainer.data.PARTS`). Without it the two newest of
-    each user are held out."""
+    """Of the interactions: what each is for, where that is given (`trainer.columns.PARTS`). Without it the two newest
+    of each user are held out."""
     weight_column: str | None = Field(default=None, min_length=1)
     """Of the interactions: how much the loss of each counts beside the others'. Without it all count alike."""
     label_column: str | None = Field(default=None, min_length=1)

@@ -1,12 +1,13 @@
-"""Interactions, items and users from Parquet or CSV files, checked, ordered by time and split.
+"""Interactions, items and users, checked, ordered by time and split.
 
-Deliberately does not know how features are encoded, nor what is trained on them.
+Deliberately does not know how files are read and columns are parsed (`trainer.files`, `trainer.columns`), how features
+are encoded, nor what is trained on them.
 """
 
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -15,29 +16,35 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from towers.errors import InvalidFeatureError, InvalidInputError
+from towers.errors import InvalidInputError
 from towers.features import RawValue, category_token
 from towers.schema import Feature, FeatureSchema, NumberFeature
 from trainer import beir
 from trainer.as_of import Popularity
+from trainer.columns import (
+    PARTS,
+    check_id_feature,
+    check_type,
+    coded,
+    codes_of,
+    id_codes,
+    labels_of,
+    parts_of,
+    raw_values,
+    timestamps_of,
+    weights_of,
+)
 from trainer.config import DataConfig
-from trainer.separation import MISSING, Coded, crossing
+from trainer.files import check_columns, column_names, files_of, no_rows, read_parts, read_table, unreadable
+from trainer.separation import Coded, crossing
 
 USER_ID = "user_id"
 ITEM_ID = "item_id"
 
-_YEAR_10000_S = 253_402_300_800
-_ROWS_AT_ONCE = 1 << 20
-_PATTERN = frozenset("*?[")
 _FEWEST_INTERACTIONS = 3
 """One each for training, validation and test."""
-PARTS = ("train", "history", "validation", "test")
-"""What a split column says of an interaction: to train on, only to be known, or to be predicted. In this order."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +232,8 @@ def _read_corpus(
         if not len(table):
             raise InvalidInputError(f"{path}: the file has no records; write at least one")
         wanted = {feature.column: f"feature {feature.name!r}" for feature in features}
-        _check_columns(path, table.column_names, wanted)
-    judgements, notes = beir.read_judgements(_files(paths["interactions"], "interactions"), queries)
+        check_columns(path, table.column_names, wanted)
+    judgements, notes = beir.read_judgements(files_of(paths["interactions"], "interactions"), queries)
     items, item_notes = _entities(documents, paths["items"], "items", ITEM_ID, item_features)
     users, user_notes = _entities(queries, paths["users"], "users", USER_ID, user_features)
     interactions = _as_interactions([(paths["interactions"], judgements)], paths["interactions"], beir.COLUMNS, [])
@@ -252,7 +259,7 @@ def digest_files(paths: Mapping[str, Path]) -> dict[str, str]:
             documents = beir.document_files(path)
             of_files = [file.relative_to(path).as_posix() + _digest(file, table) for file in documents]
         else:
-            of_files = [_digest(file, table) for file in _files(path, table)]
+            of_files = [_digest(file, table) for file in files_of(path, table)]
         digests[table] = of_files[0] if len(of_files) == 1 else hashlib.sha256("".join(of_files).encode()).hexdigest()
     return digests
 
@@ -273,9 +280,9 @@ def read_item_texts(config: DataConfig, folder: Path, columns: Sequence[str]) ->
         table, id_column = beir.read_documents(path), ITEM_ID
     else:
         id_column = config.item_id_column
-        available = _column_names(path, config.csv_separator)
+        available = column_names(path, config.csv_separator)
         wanted = {id_column: f"[data] {ITEM_ID}_column"} | {name: "" for name in columns if name in available}
-        table = _read_table(path, "items", wanted, list(wanted), config.csv_separator)
+        table = read_table(path, "items", wanted, list(wanted), config.csv_separator)
     column = next((name for name in columns if name in table.column_names), None)
     if column is None:
         return {}
@@ -288,27 +295,7 @@ def _digest(path: Path, table: str) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InvalidInputError(_unreadable(path, table, error)) from error
-
-
-def _files(path: Path, table: str) -> list[Path]:
-    """The file itself; or the Parquet files of a folder, or those that a pattern names, in order of their paths."""
-    if path.is_dir():
-        folder, pattern = path, "**/*.parquet"
-    elif _PATTERN.intersection(str(path)) and not path.exists():
-        folder = next(parent for parent in path.parents if not _PATTERN.intersection(str(parent)))
-        pattern = str(path.relative_to(folder))
-    else:
-        return [path]
-    # What writers leave beside their parts (`_SUCCESS`, `_temporary`, `.part.crc`) is no data.
-    files = [
-        file
-        for file in folder.glob(pattern)
-        if file.is_file() and not any(part[0] in "._" for part in file.relative_to(folder).parts)
-    ]
-    if not files:
-        raise InvalidInputError(f"{path}: there is no Parquet file; fix [data] {table} or folder")
-    return sorted(files)
+        raise InvalidInputError(unreadable(path, table, error)) from error
 
 
 def order_by_time(
@@ -397,15 +384,15 @@ def _read_interactions(path: Path, config: DataConfig, features: Sequence[Featur
         as_strings.append(config.split_column)
     if config.label_column is not None:
         columns.setdefault(config.label_column, "[data] label_column")
-    files = _files(path, "interactions")
-    in_all = set.intersection(*(set(_column_names(file, config.csv_separator)) for file in files))
+    files = files_of(path, "interactions")
+    in_all = set.intersection(*(set(column_names(file, config.csv_separator)) for file in files))
     own = {USER_ID, ITEM_ID, *columns}
     claimed = sorted({feature.column for feature in features if feature.column in in_all} - own)
     columns |= {name: f"a feature's column {name!r}" for name in claimed}
     tables = (
         (file, part)
         for file in files
-        for part in _read_parts(file, "interactions", columns, as_strings, config.csv_separator)
+        for part in read_parts(file, "interactions", columns, as_strings, config.csv_separator)
     )
     return _as_interactions(tables, path, config, claimed)
 
@@ -421,19 +408,19 @@ def _as_interactions(
     value_codes: dict[str, list[NDArray[np.int32]]] = {name: [] for name in claimed}
     value_code_of: dict[str, dict[str, int]] = {name: {} for name in claimed}
     for file, part in tables:
-        user_codes.append(_id_codes(part, file, config.user_id_column, user_code_of))
-        item_codes.append(_id_codes(part, file, config.item_id_column, item_code_of))
-        timestamps_s.append(_timestamps_s(part, file, config.timestamp_column))
+        user_codes.append(id_codes(part, file, config.user_id_column, user_code_of))
+        item_codes.append(id_codes(part, file, config.item_id_column, item_code_of))
+        timestamps_s.append(timestamps_of(part, file, config.timestamp_column))
         if config.weight_column is not None:
-            weights.append(_weights(part, file, config.weight_column))
+            weights.append(weights_of(part, file, config.weight_column))
         if config.split_column is not None:
-            parts.append(_parts(part, file, config.split_column))
+            parts.append(parts_of(part, file, config.split_column))
         if config.label_column is not None:
-            is_chosen.append(_labels(part, file, config.label_column))
+            is_chosen.append(labels_of(part, file, config.label_column))
         for name in claimed:
-            value_codes[name].append(_value_codes(part.column(name), value_code_of[name]))
+            value_codes[name].append(codes_of(part.column(name), value_code_of[name]))
     if not user_codes:
-        raise InvalidInputError(_no_rows(path, "interactions"))
+        raise InvalidInputError(no_rows(path, "interactions"))
     if is_chosen and not any(labels.any() for labels in is_chosen):
         raise InvalidInputError(
             f"{path}: column {config.label_column!r} ([data] label_column): no row says 1; give what was chosen too"
@@ -493,16 +480,16 @@ def _read_entities(
         column = id_column if feature.column == standard else feature.column
         wanted.setdefault(column, f"feature {feature.name!r}")
     as_strings = [id_column, *(feature.column for feature in features if feature.kind in ("categorical", "text"))]
-    available = _column_names(path, config.csv_separator)
+    available = column_names(path, config.csv_separator)
     wanted |= {name: "" for name in (other_column, config.timestamp_column) if name in available and name not in wanted}
-    table = _read_table(path, table_name, wanted, as_strings, config.csv_separator)
+    table = read_table(path, table_name, wanted, as_strings, config.csv_separator)
     entities, notes = _entities(table, path, table_name, id_column, features)
     if other_column not in wanted or table.num_rows == len(entities.ids):
         return entities, notes, []
-    owners, others = _coded(table.column(id_column)), _coded(table.column(other_column))
-    moments = _coded(table.column(config.timestamp_column)) if config.timestamp_column in wanted else None
+    owners, others = coded(table.column(id_column)), coded(table.column(other_column))
+    moments = coded(table.column(config.timestamp_column)) if config.timestamp_column in wanted else None
     found = [
-        crossing(feature, owners, others, moments, _coded(table.column(feature.column)), str(path))
+        crossing(feature, owners, others, moments, coded(table.column(feature.column)), str(path))
         for feature in features
         if feature.column not in (standard, id_column)
     ]
@@ -515,7 +502,7 @@ def _entities(
     """One row per id, the last of several; the id column under its standard name."""
     standard = ITEM_ID if table_name == "items" else USER_ID
     code_of: dict[str, int] = {}
-    codes = _id_codes(table, path, id_column, code_of)
+    codes = id_codes(table, path, id_column, code_of)
     ids = list(code_of)
     # The position of each id's last row: a later assignment to the same index wins.
     last = np.zeros(len(ids), dtype=np.int64)
@@ -529,11 +516,11 @@ def _entities(
     columns: dict[str, Sequence[RawValue]] = {standard: ids}
     for feature in features:
         if feature.column == standard:
-            _check_id_feature(feature, path)
+            check_id_feature(feature, path)
             continue
         column = table.column(feature.column)
-        _check_type(column.type, feature, path)
-        columns[feature.column] = _raw_values(column, feature, path)
+        check_type(column.type, feature, path)
+        columns[feature.column] = raw_values(column, feature, path)
     return Entities(ids, columns, str(path)), notes
 
 
@@ -544,7 +531,7 @@ def _users_without_table(interactions: _Interactions, features: Sequence[Feature
                 f"feature {feature.name!r}: its column {feature.column!r} is one of a user table; name the file in "
                 "[data] users"
             )
-        _check_id_feature(feature, interactions.path)
+        check_id_feature(feature, interactions.path)
     return Entities(interactions.user_ids, {USER_ID: interactions.user_ids}, str(interactions.path))
 
 
@@ -609,296 +596,3 @@ def _check_enough(log: InteractionLog, split: Split, interactions: _Interactions
         raise InvalidInputError(
             f"{interactions.path}: [data] weight_column: all interactions to train on weigh 0; give some more"
         )
-
-
-def _read_table(
-    path: Path, table: str, wanted: Mapping[str, str], as_strings: Sequence[str], separator: str
-) -> pa.Table:
-    """Reads the wanted columns; otherwise as `_read_parts`."""
-    parts = list(_read_parts(path, table, wanted, as_strings, separator))
-    if not parts:
-        raise InvalidInputError(_no_rows(path, table))
-    return pa.concat_tables(parts)
-
-
-def _read_parts(
-    path: Path, table: str, wanted: Mapping[str, str], as_strings: Sequence[str], separator: str
-) -> Iterator[pa.Table]:
-    """Reads the wanted columns, of a Parquet file so many rows at a time; no part is empty.
-
-    Args:
-        path: A Parquet or CSV file.
-        table: Its key in `[data]`.
-        wanted: Column name to who wants it, for messages.
-        as_strings: Columns that a CSV file gives as they are written, so that an id 007 stays one.
-        separator: Of CSV files.
-    """
-    try:
-        if path.stat().st_size == 0:
-            raise InvalidInputError(f"{path}: the file is empty; [data] {table} needs a Parquet or CSV file with rows")
-        match path.suffix.lower():
-            case ".parquet":
-                with pq.ParquetFile(path) as file:
-                    _check_columns(path, file.schema_arrow.names, wanted)
-                    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(wanted)):
-                        if batch.num_rows:
-                            yield pa.Table.from_batches([batch])
-            case ".csv" | ".tsv":
-                parsing = _parsing(separator)
-                with pacsv.open_csv(path, parse_options=parsing) as reader:
-                    available = reader.schema.names
-                _check_columns(path, available, wanted)
-                conversion = pacsv.ConvertOptions(
-                    include_columns=list(wanted),
-                    column_types={name: pa.string() for name in as_strings if name in wanted},
-                )
-                content = pacsv.read_csv(path, parse_options=parsing, convert_options=conversion)
-                if content.num_rows:
-                    yield content
-            case suffix:
-                raise InvalidInputError(
-                    f"{path}: files ending in {suffix!r} cannot be read; [data] {table} needs .parquet or .csv"
-                )
-    except OSError as error:
-        raise InvalidInputError(_unreadable(path, table, error)) from error
-    except pa.ArrowException as error:
-        first_line = str(error).partition("\n")[0]
-        raise InvalidInputError(
-            f"{path}: not a readable {path.suffix[1:]} file ({first_line}); write it again"
-        ) from error
-
-
-def _column_names(path: Path, separator: str) -> list[str]:
-    """Of a file that may be read; none of one that may not, which is said when it is."""
-    try:
-        if path.suffix.lower() == ".parquet":
-            return list(pq.read_schema(path).names)
-        with pacsv.open_csv(path, parse_options=_parsing(separator)) as reader:
-            return list(reader.schema.names)
-    except (OSError, pa.ArrowException):
-        return []
-
-
-def _parsing(separator: str) -> pacsv.ParseOptions:
-    return pacsv.ParseOptions(delimiter=separator, newlines_in_values=True)
-
-
-def _no_rows(path: Path, table: str) -> str:
-    return f"{path}: the file has no rows; [data] {table} needs at least one"
-
-
-def _unreadable(path: Path, table: str, error: OSError) -> str:
-    reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-    return f"{path}: {reason}; fix [data] {table} or folder"
-
-
-def _check_columns(path: Path, available: Sequence[str], wanted: Mapping[str, str]) -> None:
-    missing = [f"column {name!r} ({who}) is missing" for name, who in wanted.items() if name not in available]
-    repeated = [f"column {name!r} ({who}) is there twice" for name, who in wanted.items() if available.count(name) > 1]
-    if missing or repeated:
-        raise InvalidInputError(
-            f"{path}: {'; '.join(missing + repeated)}. The file has {list(available)}; "
-            "name one of these, or add the column"
-        )
-
-
-def _id_codes(table: pa.Table, path: Path, name: str, code_of: dict[str, int]) -> NDArray[np.int32]:
-    """Ids as codes `[N]`; ids without one get the next, in the order of their first appearance."""
-    column = _plain(table.column(name))
-    if not (_is_string(column.type) or pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise InvalidInputError(f"{path}: column {name!r} is {column.type}; ids must be strings or integers")
-    encoded = column.combine_chunks().dictionary_encode()
-    try:
-        tokens = [category_token(_without_nan(value)) for value in encoded.dictionary.to_pylist()]
-    except InvalidFeatureError as error:
-        raise InvalidInputError(f"{path}: column {name!r}: {error}; ids must be strings or integers") from error
-    codes: NDArray[np.int64] = pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
-    is_missing = np.array([token is None for token in tokens] + [True])
-    num_missing = int(is_missing[codes].sum())
-    if num_missing:
-        raise InvalidInputError(
-            f"{path}: column {name!r}: {num_missing:,} of {len(codes):,} rows have no id; remove them"
-        )
-    # Without a token stands only a missing id, and no row has one.
-    code_of_entry = [-1 if token is None else code_of.setdefault(token, len(code_of)) for token in tokens]
-    return np.array(code_of_entry, dtype=np.int32)[codes]
-
-
-def _coded(column: pa.ChunkedArray) -> Coded:
-    code_of: dict[str, int] = {}
-    codes = _value_codes(column, code_of)
-    return Coded(codes, list(code_of))
-
-
-def _value_codes(column: pa.ChunkedArray, code_of: dict[str, int]) -> NDArray[np.int32]:
-    """Values as codes `[N]`, by how they are written; those without one get the next."""
-    column = _plain(column)
-    if pa.types.is_nested(column.type):  # Arrow has no dictionaries of lists.
-        distinct, places = column.to_pylist(), np.arange(len(column))
-    else:
-        encoded = column.combine_chunks().dictionary_encode()
-        distinct = [_without_nan(value) for value in encoded.dictionary.to_pylist()]
-        places = pc.fill_null(encoded.indices, -1).to_numpy()
-    codes = [MISSING if value is None else code_of.setdefault(str(value), len(code_of)) for value in distinct]
-    return np.array([*codes, MISSING], dtype=np.int32)[places]
-
-
-def _timestamps_s(table: pa.Table, path: Path, name: str) -> NDArray[np.float64]:
-    column = _plain(table.column(name))
-    if not _is_moment(column.type):
-        raise InvalidInputError(
-            f"{path}: column {name!r} is {column.type}; timestamps must be Unix seconds (a number) or date and time"
-        )
-    seconds = _seconds(column)
-    moments_s: NDArray[np.float64] = pc.fill_null(seconds, math.nan).to_numpy().astype(np.float64)
-    num_missing = int(np.isnan(moments_s).sum())
-    if num_missing:
-        raise InvalidInputError(
-            f"{path}: column {name!r}: {num_missing:,} of {len(moments_s):,} rows have no timestamp; remove them"
-        )
-    outside = moments_s[(moments_s < 0) | (moments_s >= _YEAR_10000_S)]
-    if len(outside):
-        raise InvalidInputError(
-            f"{path}: column {name!r}: {outside[0]:.0f} is not a moment in Unix seconds; divide milliseconds by 1000"
-        )
-    return moments_s
-
-
-def _weights(table: pa.Table, path: Path, name: str) -> NDArray[np.float64]:
-    column = _plain(table.column(name))
-    if not _is_number(column.type):
-        raise InvalidInputError(f"{path}: column {name!r} is {column.type}; [data] weight_column must hold numbers")
-    weights: NDArray[np.float64] = pc.fill_null(column.cast(pa.float64()), math.nan).to_numpy()
-    is_wrong = ~(np.isfinite(weights) & (weights >= 0))
-    if is_wrong.any():
-        raise InvalidInputError(
-            f"{path}: column {name!r} ([data] weight_column): {int(is_wrong.sum()):,} of {len(weights):,} rows have no "
-            f"weight or one such as {weights[is_wrong][0]}; give finite numbers from 0 up"
-        )
-    return weights
-
-
-def _labels(table: pa.Table, path: Path, name: str) -> NDArray[np.bool_]:
-    """`[N]` whether each is chosen."""
-    column = _plain(table.column(name))
-    if not (_is_number(column.type) or pa.types.is_boolean(column.type)):
-        raise InvalidInputError(f"{path}: column {name!r} is {column.type}; [data] label_column must hold 0 and 1")
-    labels = pc.fill_null(column.cast(pa.float64()), math.nan).to_numpy()
-    is_wrong = ~np.isin(labels, (0, 1))
-    if is_wrong.any():
-        raise InvalidInputError(
-            f"{path}: column {name!r} ([data] label_column): {int(is_wrong.sum()):,} of {len(labels):,} rows hold no "
-            f"label or one such as {labels[is_wrong][0]:g}; write 1 for chosen, 0 for shown and not chosen"
-        )
-    is_chosen: NDArray[np.bool_] = labels == 1
-    return is_chosen
-
-
-def _parts(table: pa.Table, path: Path, name: str) -> NDArray[np.int8]:
-    """Places in `PARTS`."""
-    column = _plain(table.column(name)).cast(pa.string())
-    places = pc.index_in(column, pa.array(PARTS))
-    wrong = column.filter(pc.is_null(places))
-    if len(wrong):
-        raise InvalidInputError(
-            f"{path}: column {name!r} ([data] split_column): {len(wrong):,} of {len(column):,} rows hold another value "
-            f"such as {wrong[0].as_py()!r}; each must say one of {list(PARTS)}"
-        )
-    parts: NDArray[np.int8] = places.to_numpy().astype(np.int8)
-    return parts
-
-
-def _check_id_feature(feature: Feature, path: Path) -> None:
-    if feature.kind not in ("categorical", "text"):
-        raise InvalidInputError(
-            f"{path}: feature {feature.name!r} reads the ids in {feature.column!r} as {feature.kind}; "
-            "use kind = 'categorical'"
-        )
-
-
-def _check_type(found: pa.DataType, feature: Feature, path: Path) -> None:
-    fits, expected = _EXPECTED_TYPES[feature.kind]
-    if pa.types.is_dictionary(found):
-        found = found.value_type
-    if pa.types.is_null(found) or fits(found):
-        return
-    advice = "; CSV files cannot hold lists, use Parquet" if path.suffix.lower() in (".csv", ".tsv") else ""
-    raise InvalidInputError(
-        f"{path}: column {feature.column!r} is {found}, but feature {feature.name!r} of kind {feature.kind} needs "
-        f"{expected}; change the column or the kind{advice if 'list' in expected else ''}"
-    )
-
-
-def _raw_values(column: pa.ChunkedArray, feature: Feature, path: Path) -> list[RawValue]:
-    """JSON-able values, None where missing; a float that is not a number is missing."""
-    column = _plain(column)
-    if feature.kind == "timestamp" and not pa.types.is_null(column.type):
-        column = _seconds(column)
-    elif pa.types.is_decimal(column.type):
-        column = column.cast(pa.float64())
-    values: list[RawValue] = column.to_pylist()
-    if pa.types.is_floating(column.type):
-        values = [_without_nan(value) for value in values]
-        num_infinite = sum(1 for value in values if value in (math.inf, -math.inf))
-        if num_infinite:
-            raise InvalidInputError(
-                f"{path}: column {feature.column!r} (feature {feature.name!r}): {num_infinite:,} values are infinite; "
-                "leave them empty or give finite numbers"
-            )
-    if feature.kind == "categorical" and pa.types.is_floating(column.type):
-        fractional = next((value for value in values if isinstance(value, float) and not value.is_integer()), None)
-        if fractional is not None:
-            raise InvalidInputError(
-                f"{path}: column {feature.column!r} holds {fractional}, but feature {feature.name!r} of kind "
-                "categorical needs strings or integers; use kind = 'number'"
-            )
-    return values
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-
-
-def _seconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Numbers, dates, or dates and times, as float Unix seconds."""
-    if pa.types.is_date(column.type):
-        column = column.cast(pa.timestamp("us"))
-    if pa.types.is_timestamp(column.type):
-        microseconds = column.cast(pa.timestamp("us", tz=column.type.tz), safe=False).cast(pa.int64())
-        return pc.divide(microseconds.cast(pa.float64()), 1e6)
-    return column.cast(pa.float64(), safe=False)
-
-
-def _without_nan(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _is_string(found: pa.DataType) -> bool:
-    return bool(pa.types.is_string(found) or pa.types.is_large_string(found))
-
-
-def _is_number(found: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_decimal(found))
-
-
-def _is_moment(found: pa.DataType) -> bool:
-    return _is_number(found) or bool(pa.types.is_timestamp(found) or pa.types.is_date(found))
-
-
-def _is_list_of(found: pa.DataType, fits: Callable[[pa.DataType], bool]) -> bool:
-    is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
-    return is_list and (fits(found.value_type) or pa.types.is_null(found.value_type))
-
-
-def _is_category(found: pa.DataType) -> bool:
-    return _is_string(found) or bool(pa.types.is_integer(found) or pa.types.is_boolean(found))
-
-
-_EXPECTED_TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
-    "categorical": (lambda found: _is_category(found) or pa.types.is_floating(found), "strings or integers"),
-    "categorical_list": (lambda found: _is_list_of(found, _is_category), "a list of strings or integers"),
-    "number": (_is_number, "numbers"),
-    "timestamp": (_is_moment, "Unix seconds or date and time"),
-    "text": (_is_string, "strings"),
-    "vector": (lambda found: _is_list_of(found, _is_number), "a list of numbers"),
-}

@@ -11,8 +11,9 @@ import pytest
 from towers.errors import InvalidInputError
 from towers.schema import parse_schema
 from trainer import data
+from trainer.columns import PARTS
 from trainer.config import DataConfig, read_config
-from trainer.data import PARTS, TrainingData
+from trainer.data import TrainingData
 
 SCIFACT = Path(__file__).parents[3] / "shared" / "data" / "scifact"
 CONFIG = Path(data.__file__).parent / "configs" / "scifact.toml"

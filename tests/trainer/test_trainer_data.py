@@ -11,7 +11,7 @@ import pytest
 
 from towers.errors import InvalidInputError
 from towers.schema import parse_schema
-from trainer import data
+from trainer import data, files
 from trainer.config import DataConfig
 from trainer.data import TrainingData
 
@@ -211,7 +211,7 @@ def test_a_folder_of_parquet_files_is_one_table(
 ) -> None:
     expected = read()
     write_days(world)
-    monkeypatch.setattr(data, "_ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(files, "_ROWS_AT_ONCE", rows_at_once)
     assert_same(read(interactions=name), expected)
 
 
