@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import io
 import signal
@@ -13,11 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from toy_runs import ORIGIN, assert_equal_states, run
 
 from towers.errors import InvalidInputError
 from trainer import state
 from trainer.config import TrainerConfig, TrainingConfig
-from trainer.encode import EncodedQueries, Tensors, TrainingQueries
+from trainer.encode import EncodedQueries, Tensors
 from trainer.model import TwoTowers
 from trainer.run import prepare
 from trainer.step import TrainingExamples
@@ -26,63 +26,6 @@ from trainer.train import learning_rate, train_towers
 Configure = Callable[..., TrainerConfig]
 HARD = {"training__hard_negatives": 2, "training__hard_negatives_ranks": [1, 7], "training__hard_negatives_every": 7}
 """20 steps end between two of its indexes."""
-ORIGIN = {"config": {}, "file": {}}
-
-
-def run(
-    config: TrainerConfig,
-    folder: Path,
-    state_file: Path,
-    interrupt_at: int | None = None,
-    resumed: state.RunState | None = None,
-    console: Console | None = None,
-) -> state.RunState:
-    """Trains in the toy world; Ctrl-C comes while the given step, counted from 1 over all epochs, reads its batch."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        prepared = prepare(config, folder)
-        model = TwoTowers(prepared.fitted.schema, prepared.encoder.query, prepared.encoder.item, config.model)
-        examples = prepared.examples
-        if interrupt_at is not None:
-            examples = dataclasses.replace(examples, queries=_interrupting(examples.queries, interrupt_at))
-        return train_towers(
-            model,
-            prepared.items,
-            examples,
-            prepared.validation,
-            config,
-            ORIGIN,
-            state_file,
-            console or Console(file=io.StringIO()),
-            resumed,
-        )
-
-
-def _interrupting(queries: TrainingQueries, interrupt_at: int) -> TrainingQueries:
-    """Queries whose nth batch brings a real SIGINT."""
-    countdown = iter(range(interrupt_at - 1, -1, -1))
-
-    def batch(rows: Tensor) -> Tensors:
-        if next(countdown, None) == 0:
-            signal.raise_signal(signal.SIGINT)
-        return queries.batch(rows)
-
-    interrupting = copy.copy(queries)
-    object.__setattr__(interrupting, "batch", batch)
-    return interrupting
-
-
-def assert_equal(first: state.RunState, second: state.RunState) -> None:
-    """Bit for bit."""
-    assert first.progress == second.progress
-    assert first.sources.keys() == second.sources.keys()
-    for name, tensor in first.sources.items():
-        assert torch.equal(tensor, second.sources[name]), name
-    for name, tensor in first.parameters.items():
-        assert torch.equal(tensor, second.parameters[name]), name
-        assert torch.equal(first.best_parameters[name], second.best_parameters[name]), name
-        for moment, value in first.moments[name].items():
-            assert torch.equal(value, second.moments[name][moment]), (name, moment)
 
 
 @pytest.mark.parametrize(("pooling", "interrupt_at"), [("mean", 1), ("mean", 20), ("mean", 30), ("transformer", 20)])
@@ -97,9 +40,9 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     saved = state.load_state(tmp_path / "interrupted")
     assert (saved.progress.epoch, saved.progress.step) == divmod(interrupt_at, 15) if interrupt_at != 30 else (1, 15)
     resumed = run(config, world, tmp_path / "interrupted", resumed=saved)
-    assert_equal(resumed, undisturbed)
+    assert_equal_states(resumed, undisturbed)
     # The files hold the last parameters, the returned states the best.
-    assert_equal(state.load_state(tmp_path / "interrupted"), state.load_state(tmp_path / "undisturbed"))
+    assert_equal_states(state.load_state(tmp_path / "interrupted"), state.load_state(tmp_path / "undisturbed"))
     assert config.model.dropout > 0
 
 
@@ -123,8 +66,8 @@ def test_with_rowwise_adagrad_a_resumed_run_equals_an_undisturbed_one(
     saved = state.load_state(tmp_path / "interrupted")
     assert not saved.progress.is_finished
     assert {parameter.dtype for parameter in saved.parameters.values()} == {torch.float32}
-    assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
-    assert_equal(run(config, world, tmp_path / "again"), undisturbed)
+    assert_equal_states(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
+    assert_equal_states(run(config, world, tmp_path / "again"), undisturbed)
 
 
 def test_in_chunks_a_resumed_run_equals_an_undisturbed_one(world: Path, configure: Configure, tmp_path: Path) -> None:
@@ -134,7 +77,7 @@ def test_in_chunks_a_resumed_run_equals_an_undisturbed_one(world: Path, configur
         run(config, world, tmp_path / "interrupted", interrupt_at=30)
     saved = state.load_state(tmp_path / "interrupted")
     assert 0 < saved.progress.step < 15
-    assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
+    assert_equal_states(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -289,15 +232,16 @@ def lines_of(config: TrainerConfig, world: Path, state_file: Path) -> list[list[
 def test_every_setting_of_the_loss_learns_and_resumes(
     world: Path, configure: Configure, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    plain = lines_of(configure(), world, tmp_path / "plain")
-    config = configure(**changes)
+    """15 steps an epoch: interrupted in the middle of the second."""
+    [plain] = lines_of(configure(training__epochs=1), world, tmp_path / "plain")
+    config = configure(training__epochs=2, **changes)
     lines = lines_of(config, world, tmp_path / "undisturbed")
-    assert lines[0][3] != plain[0][3]
+    assert lines[0][3] != plain[3]
     assert float(lines[-1][3]) < float(lines[0][3])
     with pytest.raises(KeyboardInterrupt):
         run(config, world, tmp_path / "interrupted", interrupt_at=20)
     run(config, world, tmp_path / "interrupted", resumed=state.load_state(tmp_path / "interrupted"))
-    assert_equal(state.load_state(tmp_path / "interrupted"), state.load_state(tmp_path / "undisturbed"))
+    assert_equal_states(state.load_state(tmp_path / "interrupted"), state.load_state(tmp_path / "undisturbed"))
 
 
 def test_a_fixed_temperature_stays_and_a_learned_one_moves(world: Path, configure: Configure, tmp_path: Path) -> None:
