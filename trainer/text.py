@@ -72,7 +72,9 @@ class PretrainedText(nn.Module):
         # Attention over nothing is not a number: a text without tokens attends to its padding, and counts none of it.
         attended = torch.cat([torch.ones_like(is_token[:, :1]), is_token[:, 1:]], dim=1)
         tokens = torch.where(is_token, ids - 1, self._pad_id)
-        hidden = self.encoder(input_ids=tokens, attention_mask=attended[:, None, None, :]).last_hidden_state
+        # Numbers to add, since a graph of a mask of truth values looks for rows that attend to nothing in every layer.
+        mask = torch.where(attended, 0.0, torch.finfo(torch.float32).min)[:, None, None, :]  # [B, 1, 1, L]
+        hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
         sums = (hidden * is_token.unsqueeze(2)).sum(dim=1)  # [B, E]
         return functional.normalize(sums, dim=1)
 
