@@ -164,7 +164,7 @@ def export_onnx(network: TowerNetwork, encoder: FeatureEncoder) -> bytes:
 
 
 def load_unpublished(owner: Owner, onnx: bytes, golden: GoldenExamples, fitted: FittedSchema) -> Tower:
-    """The tower as a service would load it, under a manifest that is never published."""
+    """The tower as a service would load it, under a manifest that is never published, with torch's threads."""
     manifest = Manifest(
         version=1,
         created=datetime.now(UTC),
@@ -177,7 +177,8 @@ def load_unpublished(owner: Owner, onnx: bytes, golden: GoldenExamples, fitted: 
         code_revision="",
         parent_version=None,
     )
-    return Tower(TowerFiles(owner, manifest, fitted.schema, fitted.vocabularies, golden, onnx, fitted.tokenizers))
+    files = TowerFiles(owner, manifest, fitted.schema, fitted.vocabularies, golden, onnx, fitted.tokenizers)
+    return Tower(files, torch.get_num_threads())
 
 
 def difference(tower: Tower, network: TowerNetwork, encoder: FeatureEncoder, rows: Rows) -> float:

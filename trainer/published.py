@@ -81,7 +81,7 @@ class PublishedTowers:
 
 
 def open_published(checkpoints: CheckpointStore, version: int) -> PublishedTowers:
-    """Loads both towers of a checkpoint, verified.
+    """Loads both towers of a checkpoint, verified, to run with as many threads as torch does.
 
     Raises:
         NotFoundError: the version is not published.
@@ -94,7 +94,7 @@ def open_published(checkpoints: CheckpointStore, version: int) -> PublishedTower
     return PublishedTowers(
         manifest=files[0].manifest,
         fitted=FittedSchema(files[0].schema, vocabularies, tokenizers),
-        towers={tower.owner: Tower(tower) for tower in files},
+        towers={tower.owner: Tower(tower, torch.get_num_threads()) for tower in files},
     )
 
 
