@@ -8,9 +8,7 @@ counts. TensorFlow Recommenders wants an environment of its own, whose Python `-
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.process import Process
 from benchmarks.training.data import write_log
 from benchmarks.training.steps import ADAMW, NONE, ROWWISE
 
@@ -49,50 +48,6 @@ class Length:
 
 FULL = Length(50_000, 50_000, (1024, 4096), burst_examples=32_768, rounds=9)
 QUICK = Length(50_000, 50_000, (1024, 4096), burst_examples=8_192, rounds=3)
-
-
-class Process:
-    """A process that takes bursts of steps."""
-
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Starts it, and waits until it is ready.
-
-        Args:
-            command: Of a program that answers as `benchmarks.training.steps` does.
-            environment: Variables besides those of this process.
-
-        Raises:
-            RuntimeError: it ended instead; says with what last words.
-        """
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        self.version: str = self._answer()["version"]
-
-    def burst(self, **asked: Any) -> dict[str, Any]:
-        """What a burst took."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """Ends it."""
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            _, errors = self._process.communicate()
-            raise RuntimeError((errors.strip().splitlines() or ["it said nothing"])[-1])
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 def measure(length: Length, num_threads: int, peer_python: Path | None, folder: Path) -> dict[str, Any]:
@@ -153,7 +108,7 @@ def _round(sides: Mapping[str, tuple[Process, str]], batch_size: int, burst_exam
     num_steps = max(2, burst_examples // batch_size)
     found: dict[str, Any] = {}
     for name, (process, variant) in sides.items():
-        took = process.burst(variant=variant, batch_size=batch_size, num_steps=num_steps)
+        took = process.ask(variant=variant, batch_size=batch_size, num_steps=num_steps)
         found[name] = {
             "examples_per_s": num_steps * batch_size / took["seconds"],
             "feeding_share": took["feeding_s"] / took["seconds"],
