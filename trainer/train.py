@@ -128,7 +128,7 @@ def train_towers(
     with _interrupt_noted() as is_interrupted, _bar(console, config.evaluation.metric) as bar:
         task = bar.add_task("", total=num_steps, loss=math.nan, best=progress.best_metric, rate=0.0)
         while not progress.is_finished:
-            order = _permutation(options.seed, progress.epoch, len(queries))
+            order = permutation(options.seed, progress.epoch, len(queries))
             bar.reset(task, description=f"epoch {progress.epoch + 1}/{options.epochs}", completed=progress.step)
             first_step, start_s, rate = progress.step, time.monotonic(), 0.0
             model.train()
@@ -215,6 +215,12 @@ def learning_rate(options: TrainingConfig, step: int, num_steps: int) -> float:
         "cosine": (1 + math.cos(math.pi * step / num_steps)) / 2,
     }[options.schedule]
     return options.learning_rate * share * min(1.0, (step + 1) / max(1, options.warmup_steps))
+
+
+def permutation(seed: int, epoch: int, num_rows: int) -> Tensor:
+    """The order of an epoch's rows: depends on nothing that a resumed run would have to restore."""
+    order: NDArray[np.int64] = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    return torch.from_numpy(order)
 
 
 def validate(model: TwoTowers, items: Tensors, held_out: HeldOut, config: TrainerConfig) -> dict[str, float]:
@@ -306,12 +312,6 @@ def seed_of_dropout(seed: int, epoch: int, step: int, rank: int) -> int:
     """Of what a step draws of torch's generator: nothing to restore for a resumed run, and no two processes alike."""
     sequence = np.random.SeedSequence([seed, epoch, step + 1, _OF_DROPOUT, rank])
     return int(sequence.generate_state(1)[0])
-
-
-def _permutation(seed: int, epoch: int, num_rows: int) -> Tensor:
-    """The order of an epoch: depends on nothing that a resumed run would have to restore."""
-    order: NDArray[np.int64] = np.random.default_rng([seed, epoch]).permutation(num_rows)
-    return torch.from_numpy(order)
 
 
 @contextmanager
