@@ -9,8 +9,8 @@ WORDS = ["red", "green", "blue", "apple", "leaf", "sky", "fruit", "tree", "cloud
 WIDTH = 16
 
 
-def write_tiny_encoder(path: Path) -> Path:
-    """A BERT of two layers with a word vocabulary, whose tokenizer asks for padding to 128, as MiniLM's does."""
+def write_tiny_encoder(path: Path, num_layers: int = 2) -> Path:
+    """A BERT of few layers with a word vocabulary, whose tokenizer asks for padding to 128, as MiniLM's does."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers", reason="pip install 'twotower[text]'")
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
@@ -25,7 +25,7 @@ def write_tiny_encoder(path: Path) -> Path:
         transformers.BertConfig(
             vocab_size=len(vocabulary),
             hidden_size=WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=num_layers,
             num_attention_heads=2,
             intermediate_size=32,
             max_position_embeddings=64,
