@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from toy_runs import run
 
 from trainer import losses
 from trainer.config import TrainerConfig
@@ -56,8 +57,9 @@ def take_steps(
 
 
 def main() -> None:
-    """For each configuration in a file, the figures and gradients of each process."""
+    """For each configuration in a file, the figures and gradients of each process; then one is trained in full."""
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    trained = TrainerConfig.model_validate_json(Path(sys.argv[3]).read_text())
     torch.set_num_threads(1)
     with joined() as ranks:
         for number, (config, num_rows) in enumerate(cases):
@@ -66,6 +68,7 @@ def main() -> None:
             path = folder / f"{number}.{ranks.rank}"
             save_file(gradients, path.with_name(f"{path.name}.safetensors"))
             path.with_name(f"{path.name}.json").write_text(json.dumps(asdict(figures)))
+        run(trained, folder, folder / "trained", ranks=ranks)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Processes that train together make what one makes."""
 
+import io
 import json
 import os
 import signal
@@ -15,14 +16,22 @@ import pytest
 import taken_steps
 import torch
 from child_process import tied
+from rich.console import Console
 from safetensors.torch import load_file
+from toy_runs import run
 
 from trainer import state
-from trainer.config import TrainerConfig
+from trainer.config import TrainerConfig, read_config
 from trainer.train import seed_of_dropout
 
 Configure = Callable[..., TrainerConfig]
 HARD: Mapping[str, Any] = {"training__hard_negatives": 2, "training__hard_negatives_ranks": [1, 7]}
+SOURCES: Mapping[str, Any] = {
+    **HARD,
+    "training__hard_negatives_every": 7,
+    "training__memory": 70,
+    "training__logq": "streaming",
+}
 CASES: list[tuple[dict[str, Any], int]] = [
     ({}, 61),
     ({"training__symmetric": True, "training__chunk_size": 7, **HARD}, 61),
@@ -66,45 +75,50 @@ def without_dropout(config: TrainerConfig) -> TrainerConfig:
 
 
 def test_two_processes_give_the_gradients_of_one(world: Path, configure: Configure) -> None:
+    """And, after two epochs with all that a source has to remember, its parameters."""
     table = pq.read_table(world / "interactions.parquet")
     labels = pa.array([int(number % 4 > 0) for number in range(len(table))])
     pq.write_table(table.append_column("label", labels), world / "interactions.parquet")
     cases = [(without_dropout(configure(**changes)), num_rows) for changes, num_rows in CASES]
     (world / "cases.json").write_text(json.dumps([(config.model_dump(mode="json"), rows) for config, rows in cases]))
-    process = torchrun(world, taken_steps.__file__, str(world), str(world / "cases.json"))
+    whole = configure(model__dropout=0.0, training__epochs=2, **SOURCES)
+    (world / "whole.json").write_text(whole.model_dump_json())
+    process = torchrun(world, taken_steps.__file__, str(world), str(world / "cases.json"), str(world / "whole.json"))
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
     for number, (config, num_rows) in enumerate(cases):
-        figures, expected = taken_steps.take_steps(config, world, num_rows)
+        figures, of_one = taken_steps.take_steps(config, world, num_rows)
         for rank in range(2):
-            found = json.loads((world / f"{number}.{rank}.json").read_text())
-            assert found["loss"] == pytest.approx(figures.loss, rel=1e-5), CASES[number]
-            assert (found["masked"], found["left"]) == (figures.masked, figures.left), CASES[number]
+            taken = json.loads((world / f"{number}.{rank}.json").read_text())
+            assert taken["loss"] == pytest.approx(figures.loss, rel=1e-5), CASES[number]
+            assert (taken["masked"], taken["left"]) == (figures.masked, figures.left), CASES[number]
             gradients = load_file(world / f"{number}.{rank}.safetensors")
-            assert gradients.keys() == expected.keys()
+            assert gradients.keys() == of_one.keys()
             for name, gradient in gradients.items():
                 torch.testing.assert_close(
-                    gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name, c=number: f"{c} {n} {text}"
+                    gradient, of_one[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name, c=number: f"{c} {n} {text}"
                 )
 
+    run(whole, world, world / "alone")
+    expected, found = state.load_state(world / "alone"), state.load_state(world / "trained")
+    assert found.progress.best_metric == expected.progress.best_metric
+    assert_close_parameters(found, expected)
 
-@pytest.mark.parametrize("table_optimiser", ["adamw", "adagrad"])
-def test_two_processes_train_and_publish_what_one_does(world: Path, table_optimiser: str) -> None:
-    """With all that a source has to remember; Ctrl-C on the way, which comes to torchrun, changes nothing."""
+
+def assert_close_parameters(found: state.RunState, expected: state.RunState) -> None:
+    assert found.parameters.keys() == expected.parameters.keys()
+    for name, value in expected.parameters.items():
+        torch.testing.assert_close(found.parameters[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_train_and_publish_what_one_does(world: Path) -> None:
+    """With row-wise Adagrad for the tables; Ctrl-C on the way, which comes to torchrun, changes nothing."""
     sources = "memory = 70\nlogq = 'streaming'\nhard_negatives = 2\nhard_negatives_ranks = [1, 7]"
-    sources += f"\ntable_optimiser = '{table_optimiser}'"
+    sources += "\ntable_optimiser = 'adagrad'"
     content = (world / "toy.toml").read_text().replace("dropout = 0.1", "dropout = 0.0")
     (world / "toy.toml").write_text(content.replace("epochs = 4", f"epochs = 4\nhard_negatives_every = 7\n{sources}"))
-    alone = subprocess.run(
-        [sys.executable, "-m", "trainer", str(world / "toy.toml"), "--store", str(world / "other")],
-        capture_output=True,
-        text=True,
-        cwd=world,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
-        timeout=100,
-        check=True,
-    )
-    expected = state.load_state(world / "run" / state.STATE_FILE)
+    screen = io.StringIO()
+    expected = run(read_config(world / "toy.toml"), world, world / "alone", console=Console(file=screen, width=160))
 
     process = train(world)
     assert process.stdout is not None
@@ -126,9 +140,8 @@ def test_two_processes_train_and_publish_what_one_does(world: Path, table_optimi
 
     found = state.load_state(world / "run" / state.STATE_FILE)
     assert found.progress.best_metric == expected.progress.best_metric
-    for name, value in expected.parameters.items():
-        torch.testing.assert_close(found.parameters[name], value, atol=1e-5, rtol=1e-4)
-    assert figures_of([*before, *rest.splitlines(), *output.splitlines()]) == figures_of(alone.stdout.splitlines())
+    assert_close_parameters(found, expected)
+    assert figures_of([*before, *rest.splitlines(), *output.splitlines()]) == figures_of(screen.getvalue().splitlines())
 
 
 def figures_of(lines: list[str]) -> list[str]:

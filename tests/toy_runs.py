@@ -17,6 +17,7 @@ from trainer import state
 from trainer.config import TrainerConfig
 from trainer.encode import Tensors, TrainingQueries
 from trainer.model import TwoTowers
+from trainer.ranks import ALONE, Ranks
 from trainer.run import prepare
 from trainer.train import train_towers
 
@@ -30,6 +31,7 @@ def run(
     interrupt_at: int | None = None,
     resumed: state.RunState | None = None,
     console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> state.RunState:
     """Trains on the data of a folder; Ctrl-C comes while the given batch, counted from 1 over all epochs, is read."""
     with torch.random.fork_rng(devices=[]):
@@ -49,6 +51,7 @@ def run(
             state_file,
             console or Console(file=io.StringIO()),
             resumed,
+            ranks,
         )
 
 
