@@ -10,6 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
+from benchmarks.serving import peers
+from benchmarks.serving.peer_servers import index_server
 from benchmarks.serving.peer_servers.callers import Callers
 from benchmarks.serving.peer_servers.side import Band, K, SideError
 from benchmarks.serving.peers import PEERS, Length, measure, shown
@@ -83,7 +85,12 @@ def test_callers_tell_what_a_library_raises(callers: Callers) -> None:
     assert callers.end().first_error == "OSError: nobody listens"
 
 
-def test_the_benchmark_of_peers_measures_whichever_are_installed(tmp_path: Path) -> None:
+def test_the_benchmark_of_peers_measures_whichever_are_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An index for so few items, and few queries to tune it with.
+    monkeypatch.setitem(index_server._INDEX_TYPES, 0.95, "IVF30,SQ8")
+    monkeypatch.setattr(peers, "_NUM_QUERIES", 200)
     length = Length(num_items=2000, bands=[Band(low=0.95, high=1.0)], rounds=1, burst_s=0.1)
     figures = measure(length, list(PEERS), tmp_path, Console(quiet=True))
     [band] = figures["bands"]

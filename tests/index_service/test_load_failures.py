@@ -228,15 +228,15 @@ def test_reading_ends_when_it_is_no_longer_wanted(built):
 
 
 def test_a_builder_that_is_killed_leaves_nothing_and_the_next_one_is_not_kept_waiting(world):
-    catalogue_version = world.load_items(toy_items(20_000))
-    world.publish(toy_model(num_items=20_000))
+    catalogue_version = world.load_items(toy_items(10_000))
+    world.publish(toy_model(num_items=10_000))
     before = set(children_of(os.getpid()))
 
     def kill_builder(progress):
         for builder in set(children_of(os.getpid())) - before:
             os.kill(builder, signal.SIGKILL)
 
-    loader = loader_of(world)
+    loader = loader_of(world, TuningGoal(index_type="IVF16,SQ8"))
     with pytest.raises(TwoTowerError, match="the build ended with status -9"):
         asyncio.run(loader.load(1, catalogue_version, None, kill_builder))
     assert not world.store.files("indexes")

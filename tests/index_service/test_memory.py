@@ -106,6 +106,8 @@ def test_an_index_is_not_larger_than_estimated(index_type):
     num_items, dim = 5000, 32
     index = faiss.index_factory(dim, index_type, faiss.METRIC_INNER_PRODUCT)
     vectors = unit_vectors(num_items, dim)
+    if isinstance(index, faiss.IndexPQ):
+        index.do_polysemous_training = False  # Seconds, and not a byte.
     index.train(vectors)
     index.add(vectors)
     size = faiss.serialize_index(index).nbytes
