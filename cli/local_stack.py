@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from retrieval.index.v1 import index_service_pb2
@@ -95,6 +95,7 @@ class LocalStack:
         query_services: int = 1,
         query_port: int = QUERY_PORT,
         grace_s: float = _GRACE_S,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Plans the processes; nothing runs yet.
 
@@ -108,6 +109,7 @@ class LocalStack:
             query_port: Port of the query service, whose replicas take those after it; the shards' replicas, one after
                 another, take `query_port + 10` and those after it. 0: any free ports.
             grace_s: Seconds a process has to end before it is killed.
+            environment: Settings of all processes, beside what they inherit.
 
         Raises:
             InvalidInputError: a number is out of range.
@@ -138,6 +140,7 @@ class LocalStack:
         self.store = store
         self._logs = folder.absolute() / "logs"
         self._grace_s = grace_s
+        self._environment = environment
         # The path of a unix socket has a limit of about 100 bytes, which a folder of the user's may reach.
         self._socket_folder = Path(tempfile.gettempdir()) / f"twotower-{uuid.uuid4().hex[:12]}"
         self.redis_url = f"unix://{self._socket_folder / 'valkey.sock'}"
@@ -359,6 +362,7 @@ class LocalStack:
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
             "PYTHONUNBUFFERED": "1",
+            **self._environment,
             **spec.environment,
         }
         command = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), *spec.command]

@@ -15,7 +15,9 @@ from child_process import tied_python
 from hypothesis import HealthCheck, settings
 from valkey_server import ValkeyServer
 
-# Before torch is imported, which reads it then: spinning threads starve themselves when the cores are busy.
+# Before torch is imported, which reads them then: tests that run side by side need no threads of their own, and
+# spinning ones starve themselves when the cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # No timed assertions: a slow machine is no failure. No database: each run stands alone.

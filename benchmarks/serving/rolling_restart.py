@@ -6,11 +6,9 @@ each by SIGTERM as a deployment does, and judges every answer by exact search.
 
 import argparse
 import json
-import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from benchmarks.index.checkpoints import USER_ID, ids, lookup_checkpoint, lookup
 from benchmarks.index.vectors import clustered
 from cli.demo.exact import ExactSearch
 from cli.demo.run import K, clients_calling
-from cli.local_stack import LocalStack
+from cli.local_stack import QUERY, LocalStack
 from towers.catalogue import Catalogue
 from towers.checkpoint import CheckpointStore
 from towers.errors import DeadlineError
@@ -40,8 +38,9 @@ _DIM = 64
 _NUM_QUERIES = 200
 _LIMIT_S = 120.0
 _POLL_S = 0.05
-_SETTLE_S = 2.0
-"""Between two restarts: a process that is back is found within a second, for so long clients pause at most."""
+_SETTLE_S = 0.5
+"""Between two restarts. A process that is back is found within a second, for so long clients pause at most; its other
+replica is restarted after several others."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +75,15 @@ def measure(sizes: Sizes, folder: Path, console: Console) -> dict[str, Any]:
     catalogue.compact()
     queries = [{USER_ID: user} for user in ids(_NUM_QUERIES)]
     # Exact indexes, so that every score and every item of an answer can be told right from wrong.
-    with (
-        _environment(TWOTOWER_EXACT_BELOW=str(sizes.num_items + 1), TWOTOWER_WORKERS=str(WORKERS)),
-        LocalStack(
-            store=store.url,
-            folder=folder,
-            num_shards=NUM_SHARDS,
-            replicas=REPLICAS,
-            query_services=REPLICAS,
-            query_port=0,
-        ) as stack,
-    ):
+    with LocalStack(
+        store=store.url,
+        folder=folder,
+        num_shards=NUM_SHARDS,
+        replicas=REPLICAS,
+        query_services=REPLICAS,
+        query_port=0,
+        environment={"TWOTOWER_EXACT_BELOW": str(sizes.num_items + 1), "TWOTOWER_WORKERS": str(WORKERS)},
+    ) as stack:
         stack.wait_ready(_LIMIT_S)
         address = f"ipv4:{','.join(stack.query_addresses)}"
         options = ("--clients", "8", "--connections", "4", "--rate", str(sizes.rate_per_s), "--limit", "86400")
@@ -105,26 +102,11 @@ def measure(sizes: Sizes, folder: Path, console: Console) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """What the processes of a stack find in their environment."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _restart_all(stack: LocalStack, sizes: Sizes, console: Console) -> Sequence[int]:
     """Ends each process by SIGTERM, starts it again, and goes on once it is ready; returns the exit codes."""
     exit_codes = []
     for number in range(sizes.rounds):
-        for name in stack.names:
+        for name in sorted(stack.names, key=_is_further_replica):
             exit_codes.append(stack.end(name))
             stack.restart(name)
             give_up_s = time.monotonic() + _LIMIT_S
@@ -135,6 +117,10 @@ def _restart_all(stack: LocalStack, sizes: Sizes, console: Console) -> Sequence[
             time.sleep(_SETTLE_S)
         console.print(f"round {number + 1} of {sizes.rounds}", highlight=False)
     return exit_codes
+
+
+def _is_further_replica(name: str) -> bool:
+    return "-replica-" in name or name.startswith(f"{QUERY}-")
 
 
 def _judged(answers: pa.Table, oracle: ExactSearch) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from towers.store import Store
 
 pytestmark = pytest.mark.timeout(600)  # A whole training and two starts of all services.
 
-_MODULES = ("json", "statistics", "shlex", "textwrap", "queue")
+_MODULES = ("json", "statistics")
 _RUN = """
 import sys
 from pathlib import Path

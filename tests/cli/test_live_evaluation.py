@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_outcome import Twotower
-
-from cli.local_stack import LocalStack
+from quick_stack import quick_stack
 
 CONFIG = """
 run_folder = "run"
@@ -63,7 +62,7 @@ def test_one_configuration_to_a_running_service_that_is_judged(search: Path, two
     assert twotower("train", config, "--store", store).exit_code == 0
     assert twotower("catalog", "load", config, "--store", store).exit_code == 0
     evaluate = ("evaluate", "1", str(search), "--store", store)
-    with LocalStack(store=store, folder=search, query_port=0) as stack:
+    with quick_stack(store, search) as stack:
         stack.wait_ready(timeout_s=60)
         outcome = twotower(*evaluate, "--live", stack.query_address, "--json", str(figures))
         assert outcome.err == ""

@@ -1,4 +1,4 @@
-"""A catalogue moves from two shards to three while clients call, back, and on to the next version: no gap, no mix."""
+"""A catalogue moves to more shards while clients call, back, and on to the next version: no gap, no mix."""
 
 import threading
 import time
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from command_outcome import Twotower
+from quick_stack import quick_stack
 from toy_checkpoint import toy_items, toy_model
 
 from cli.local_stack import LocalStack
@@ -23,12 +24,12 @@ MODELS = {1: toy_model(), 2: toy_model(dim=12, seed=2)}
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    """Two shards and, beside them, three; version 1 is live."""
+    """One shard and, beside it, two, with two replicas each; version 1 is live."""
     folder = tmp_path_factory.mktemp("stack")
     store = Store(str(folder / "store"))
     Catalogue(store).upsert(toy_items())
     CheckpointStore(store).publish(MODELS[1].draft())
-    with LocalStack(store=store.url, folder=folder, query_port=0, next_num_shards=3) as stack:
+    with quick_stack(store.url, folder, num_shards=1, next_num_shards=2, replicas=2) as stack:
         stack.wait_ready(timeout_s=60.0)
         yield stack
 
@@ -56,6 +57,7 @@ class Caller(threading.Thread):
                     self.wrong.append(repr(error))
                     continue
                 self.seen.append((answer.checkpoint_version, answer.shards_total))
+                time.sleep(0.005)
                 found = [item.item_id for item in answer.items]
                 if answer.shards_answered < answer.shards_total or found != exact[answer.checkpoint_version]:
                     self.wrong.append(f"{answer}, not {exact[answer.checkpoint_version]}")
@@ -76,35 +78,43 @@ def test_to_more_shards_and_back_and_on(stack: LocalStack, twotower: Twotower) -
     store = Store(stack.store)
     deployments = DeploymentStore(store)
     at = ("--store", store.url)
-    caller = Caller(stack.query_address)
-    caller.start()
-    try:
-        wait_for(lambda: (1, 2) in caller.seen)
-        assert twotower("stage", "1", *at, "--num-shards", "3").exit_code == 0
-        wait_for(lambda: (1, 3) in caller.seen)
-        assert deployments.current().live == (1, 3)
-
-        assert "version 1 on 3 shards is held" in twotower("rollback", *at).out
-        wait_for(lambda: caller.seen[-1] == (1, 2))
-
-        assert twotower("stage", "1", *at, "--num-shards", "3").exit_code == 0
-        wait_for(lambda: caller.seen[-1] == (1, 3))
-        CheckpointStore(store).publish(MODELS[2].draft())
-        wait_for(lambda: caller.seen[-1] == (2, 3))
-        assert deployments.current().live == (2, 3)
-    finally:
-        caller.end()
-    assert caller.wrong == []
-    assert set(caller.seen) == {(1, 2), (1, 3), (2, 3)}
-
     where = ("--shards", layouts_text(stack.layouts), "--query-services", stack.query_address)
 
     def loaded() -> dict[int, set[int]]:
         """The versions that the shards of each layout hold."""
-        held: dict[int, set[int]] = {2: set(), 3: set()}
+        held: dict[int, set[int]] = {1: set(), 2: set()}
         for replica in twotower("status", *at, *where, "--json").json["replicas"]:
             if replica["role"] == "shard":
                 held[replica["num_shards"]] |= {load["version"] for load in replica["versions"]}
         return held
 
-    wait_for(lambda: loaded() == {2: set(), 3: {1, 2}})
+    caller = Caller(stack.query_address)
+    caller.start()
+    try:
+        wait_for(lambda: (1, 1) in caller.seen)
+        assert twotower("stage", "1", *at, "--num-shards", "2").exit_code == 0
+        wait_for(lambda: (1, 2) in caller.seen)
+        assert deployments.current().live == (1, 2)
+
+        assert "version 1 on 2 shards is held" in twotower("rollback", *at).out
+        wait_for(lambda: caller.seen[-1] == (1, 1))
+
+        assert twotower("stage", "1", *at, "--num-shards", "2").exit_code == 0
+        wait_for(lambda: caller.seen[-1] == (1, 2))
+        CheckpointStore(store).publish(MODELS[2].draft())
+        wait_for(lambda: caller.seen[-1] == (2, 2))
+        assert deployments.current().live == (2, 2)
+        # The layout that no version is on holds nothing.
+        wait_for(lambda: loaded() == {1: set(), 2: {1, 2}})
+
+        # Another version and another layout at once.
+        assert twotower("rollback", *at).exit_code == 0
+        wait_for(lambda: caller.seen[-1] == (1, 2))
+        assert twotower("stage", "2", *at, "--num-shards", "1").exit_code == 0
+        wait_for(lambda: caller.seen[-1] == (2, 1))
+        assert deployments.current().live == (2, 1)
+        wait_for(lambda: loaded() == {1: {2}, 2: {1}})
+    finally:
+        caller.end()
+    assert caller.wrong == []
+    assert set(caller.seen) == {(1, 1), (1, 2), (2, 2), (2, 1)}

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_outcome import Twotower
+from quick_stack import quick_stack
 from running import is_running
 from toy_checkpoint import toy_items, toy_model
 
@@ -36,9 +37,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     store = Store(str(folder / "store"))
     Catalogue(store).upsert(toy_items())
     CheckpointStore(store).publish(toy_model().draft())
-    with LocalStack(store=store.url, folder=folder, query_port=0) as stack:
-        stack.wait_ready(timeout_s=60.0)
-        yield stack
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+            patch.delenv(name, raising=False)
+        with quick_stack(store.url, folder) as stack:
+            stack.wait_ready(timeout_s=60.0)
+            yield stack
 
 
 def test_names_addresses_and_environment(stack: LocalStack) -> None:
@@ -271,7 +275,7 @@ def test_bad_versions_are_held_and_the_next_good_one_goes_live(
             time.sleep(0.05)
 
     assert twotower("rollback", *at).exit_code == 0
-    time.sleep(2.5)  # Two rounds of the controller, which must leave the record alone.
+    time.sleep(0.5)  # Some rounds of the controller, which must leave the record alone.
     record = DeploymentStore(store).current()
     assert (record.live_version, record.standby_version, record.held) == (1, best, True)
     promoted = twotower("promote", *at, *where)

@@ -2,54 +2,27 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
-from toy_checkpoint import ToyModel, toy_items, toy_model
+from toy_checkpoint import ToyModel, toy_items
 from typer.testing import CliRunner
 
-from cli.local_stack import LocalStack
 from cli.main import app
 from retrieval_client import AsyncRetrievalClient, InvalidRequestError, Retrieval, RetrievalClient, attribute
-from towers.catalogue import Catalogue
-from towers.checkpoint import CheckpointStore
 from towers.placement import shard_of
-from towers.store import Store
 
-NUM_ITEMS = 120
+NUM_ITEMS = 300
+BROKEN, DELETED = "8", "9"
+"""Of the catalogue in conftest."""
 QUERY: dict[str, Any] = {"user_id": "3", "history": ["21"]}
 YEARS = {item["item_id"]: item["year"] for item in toy_items(NUM_ITEMS).to_pylist()}
-BROKEN, DELETED = "8", "9"
 
 
-@pytest.fixture(scope="module")
-def model() -> ToyModel:
-    model = toy_model(num_items=NUM_ITEMS)
-    model.item_table[int(BROKEN) + 1] = np.nan
-    return model
-
-
-@pytest.fixture(scope="module")
-def ranked(model: ToyModel) -> list[str]:
+@pytest.fixture
+def ranked(asked_model: ToyModel, found_ids: list[str]) -> list[str]:
     """What can be returned, best first."""
-    there = [item_id for item_id in model.item_ids if item_id not in (BROKEN, DELETED)]
-    return model.nearest(QUERY, there, len(there))[0]
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory, model: ToyModel) -> Iterator[str]:
-    store = Store(str(tmp_path_factory.mktemp("store")))
-    Catalogue(store).upsert(toy_items(NUM_ITEMS))
-    Catalogue(store).delete([DELETED])
-    CheckpointStore(store).publish(model.draft())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TWOTOWER_FILTERABLE", "year")
-        folder = tmp_path_factory.mktemp("stack")
-        with LocalStack(store=store.url, folder=folder, num_shards=2, query_port=0) as stack:
-            stack.wait_ready(timeout_s=90.0)
-            yield stack.query_address
+    return asked_model.nearest(QUERY, found_ids, len(found_ids))[0]
 
 
 def test_every_reason_has_its_name(address: str, ranked: list[str]) -> None:
@@ -74,15 +47,15 @@ def test_every_reason_has_its_name(address: str, ranked: list[str]) -> None:
             client.explain(QUERY, "")
 
 
-def test_scores_are_those_of_retrieve(address: str, ranked: list[str], model: ToyModel) -> None:
+def test_scores_are_those_of_retrieve(address: str, ranked: list[str], asked_model: ToyModel) -> None:
     async def ask() -> None:
         async with AsyncRetrievalClient(address, timeout_s=20.0) as client:
             answer = await client.retrieve(QUERY, 3)
             for item in answer.items:
                 told = await client.explain(QUERY, item.item_id, 3, checkpoint_version=answer.checkpoint_version)
                 assert told.score == pytest.approx(item.score, abs=1e-6)
-                embeddings = model.query_embeddings([QUERY, {"user_id": "3"}])
-                both = embeddings @ model.item_embeddings([item.item_id])[0]
+                embeddings = asked_model.query_embeddings([QUERY, {"user_id": "3"}])
+                both = embeddings @ asked_model.item_embeddings([item.item_id])[0]
                 assert told.contributions["history"] == pytest.approx(both[0] - both[1], abs=1e-5)
 
     asyncio.run(ask())

@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from toy_checkpoint import ToyModel, toy_items, toy_model
+from toy_checkpoint import ToyModel, toy_items
 from typer.testing import CliRunner
 
-from cli.local_stack import LocalStack
 from cli.main import app
 from retrieval_client import (
     AsyncRetrievalClient,
@@ -19,33 +18,11 @@ from retrieval_client import (
     any_of,
     attribute,
 )
-from towers.catalogue import Catalogue
-from towers.checkpoint import CheckpointStore
-from towers.store import Store
 
 NUM_ITEMS = 300
 QUERY: dict[str, Any] = {"user_id": "3", "history": ["21"]}
 ITEMS = {item["item_id"]: item for item in toy_items(NUM_ITEMS).to_pylist()}
 YEAR, GENRES = attribute("year"), attribute("genres")
-
-
-@pytest.fixture(scope="module")
-def model() -> ToyModel:
-    return toy_model(num_items=NUM_ITEMS)
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory, model: ToyModel) -> Iterator[str]:
-    """A query service over two shards that filter by year and genres."""
-    store = Store(str(tmp_path_factory.mktemp("store")))
-    Catalogue(store).upsert(toy_items(NUM_ITEMS))
-    CheckpointStore(store).publish(model.draft())
-    folder = tmp_path_factory.mktemp("stack")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TWOTOWER_FILTERABLE", "year,genres")
-        with LocalStack(store=store.url, folder=folder, num_shards=2, query_port=0) as stack:
-            stack.wait_ready(timeout_s=90.0)
-            yield stack.query_address
 
 
 @pytest.mark.parametrize(
@@ -63,13 +40,17 @@ def address(tmp_path_factory: pytest.TempPathFactory, model: ToyModel) -> Iterat
     ],
 )
 def test_the_answer_is_the_exact_one_among_what_is_allowed(
-    address: str, model: ToyModel, condition: Filter, is_met: Callable[[dict[str, Any]], Any]
+    address: str,
+    asked_model: ToyModel,
+    found_ids: list[str],
+    condition: Filter,
+    is_met: Callable[[dict[str, Any]], Any],
 ) -> None:
     excluded = [str(number) for number in range(1, NUM_ITEMS, 5)]
-    allowed = [item_id for item_id in model.item_ids if is_met(ITEMS[item_id]) and item_id not in excluded]
+    allowed = [item_id for item_id in found_ids if is_met(ITEMS[item_id]) and item_id not in excluded]
     with RetrievalClient(address, timeout_s=10.0) as client:
         for k in (10, NUM_ITEMS):
-            expected, scores = model.nearest(QUERY, allowed, k)
+            expected, scores = asked_model.nearest(QUERY, allowed, k)
             answer = client.retrieve(
                 QUERY, k, excluded_item_ids=excluded, attribute_names=["year", "genres"], filter=condition
             )
@@ -81,7 +62,7 @@ def test_the_answer_is_the_exact_one_among_what_is_allowed(
             assert answer.shards_answered == 2
         batch = client.batch_retrieve([QUERY] * 3, 5, excluded_item_ids=excluded, filter=condition)
         assert [[item.item_id for item in result.items] for result in batch] == [
-            model.nearest(QUERY, allowed, 5)[0]
+            asked_model.nearest(QUERY, allowed, 5)[0]
         ] * 3
 
 
@@ -103,7 +84,7 @@ def test_a_wrong_filter_is_the_callers_fault_and_named(address: str, condition: 
     assert told in caught.value.message
 
 
-def test_the_asyncio_client_filters_too(address: str, model: ToyModel) -> None:
+def test_the_asyncio_client_filters_too(address: str, asked_model: ToyModel, found_ids: list[str]) -> None:
     async def ask() -> list[str]:
         async with AsyncRetrievalClient(address, timeout_s=10.0) as client:
             answer = await client.retrieve(QUERY, 5, filter=YEAR.equals(2001))
@@ -111,15 +92,14 @@ def test_the_asyncio_client_filters_too(address: str, model: ToyModel) -> None:
             assert answer.items == again.items
             return [item.item_id for item in answer.items]
 
-    allowed = [item_id for item_id in model.item_ids if ITEMS[item_id]["year"] == 2001]
-    assert asyncio.run(ask()) == model.nearest(QUERY, allowed, 5)[0]
+    allowed = [item_id for item_id in found_ids if ITEMS[item_id]["year"] == 2001]
+    assert asyncio.run(ask()) == asked_model.nearest(QUERY, allowed, 5)[0]
 
 
-def test_the_command_filters_too(address: str, model: ToyModel) -> None:
+def test_the_command_filters_too(address: str, asked_model: ToyModel, found_ids: list[str]) -> None:
     command = ["retrieve", "user_id=3", "history=21", "-k", "5", "--address", address, "--json"]
     run = CliRunner().invoke(app, [*command, "--filter", "year>=1990", "--filter", "genres in Comedy,Drama"])
     assert run.exit_code == 0, run.output
-    allowed = [
-        item_id for item_id, item in ITEMS.items() if item["year"] >= 1990 and {"Comedy", "Drama"} & set(item["genres"])
-    ]
-    assert [item["item_id"] for item in json.loads(run.stdout)["items"]] == model.nearest(QUERY, allowed, 5)[0]
+    years, kinds = ({item_id: ITEMS[item_id][name] for item_id in found_ids} for name in ("year", "genres"))
+    allowed = [item_id for item_id in found_ids if years[item_id] >= 1990 and {"Comedy", "Drama"} & set(kinds[item_id])]
+    assert [item["item_id"] for item in json.loads(run.stdout)["items"]] == asked_model.nearest(QUERY, allowed, 5)[0]

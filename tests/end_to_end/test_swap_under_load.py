@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pyarrow.parquet as pq
 import pytest
+from quick_stack import quick_stack
 from retrieval.index.v1 import index_service_pb2, index_service_pb2_grpc
 from toy_checkpoint import toy_items, toy_model
 
@@ -46,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def stack(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     """Valkey, two shards, the query service and the controller, ready at version 1."""
-    with LocalStack(store=store.url, folder=tmp_path_factory.mktemp("stack"), query_port=0) as stack:
+    with quick_stack(store.url, tmp_path_factory.mktemp("stack")) as stack:
         stack.wait_ready(timeout_s=WAIT_S)
         yield stack
 
@@ -98,21 +99,32 @@ def test_no_service_process_imports_torch(stack: LocalStack) -> None:
 def test_swap_and_rollback_under_load_with_a_dying_cache(stack: LocalStack, store: Store, tmp_path: Path) -> None:
     queries_path, answers_path = tmp_path / "queries.json", tmp_path / "answers.parquet"
     queries_path.write_text(json.dumps(QUERIES))
-    command = [sys.executable, "-m", "cli.demo.load", stack.query_address, queries_path, answers_path, "--limit", "100"]
+    command = [
+        sys.executable,
+        "-m",
+        "cli.demo.load",
+        stack.query_address,
+        queries_path,
+        answers_path,
+        "--rate",
+        "60",
+        "--limit",
+        "100",
+    ]
     load = subprocess.Popen(command)
     try:
         with RetrievalClient(stack.query_address) as client:
-            time.sleep(1.0)
+            time.sleep(0.5)
             assert publish(store, dim=12, seed=2) == 2
             wait_until(lambda: client.get_status().live_version == 2, "version 2 to go live")
-            time.sleep(1.0)
+            time.sleep(0.5)
             stack.kill("valkey")
-            time.sleep(1.0)
+            time.sleep(0.5)
             deployments = DeploymentStore(store)
             deployments.write(deployment.rolled_back(deployments.current(), "the test wants the old version"))
             wait_until(lambda: client.get_status().live_version == 1, "the rollback")
             stack.restart("valkey")
-            time.sleep(1.0)
+            time.sleep(0.5)
     finally:
         load.send_signal(signal.SIGTERM)
         load.wait(timeout=30)

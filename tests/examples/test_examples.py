@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from quick_stack import quick_stack
 from toy_checkpoint import ToyModel, toy_items, toy_model
 
-from cli.local_stack import LocalStack
 from towers.catalogue import Catalogue
 from towers.checkpoint import CheckpointStore
 from towers.store import Store
@@ -38,7 +38,7 @@ def address(tmp_path_factory: pytest.TempPathFactory, model: ToyModel) -> Iterat
     Catalogue(store).upsert(toy_items())
     CheckpointStore(store).publish(model.draft())
     folder = tmp_path_factory.mktemp("stack")
-    with LocalStack(store=store.url, folder=folder, num_shards=2, query_port=0) as stack:
+    with quick_stack(store.url, folder) as stack:
         stack.wait_ready(timeout_s=90.0)
         yield stack.query_address
 
