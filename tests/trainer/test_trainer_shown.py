@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from taken_steps import take_steps
-from test_trainer_train import assert_equal, run
+from toy_runs import assert_equal_states, run
 
 from towers.errors import InvalidInputError
 from towers.schema import parse_schema
@@ -163,7 +163,7 @@ def test_a_resumed_run_draws_what_an_undisturbed_one_does(world: Path, configure
         run(config, world, tmp_path / "interrupted", interrupt_at=20)
     saved = state.load_state(tmp_path / "interrupted")
     assert not saved.progress.is_finished
-    assert_equal(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
+    assert_equal_states(run(config, world, tmp_path / "interrupted", resumed=saved), undisturbed)
 
 
 def test_without_any_that_training_may_know_they_are_refused(world: Path, configure: Configure) -> None:
