@@ -146,9 +146,9 @@ def tower_beside_torch(
     try:
         with torch.inference_mode():
             return in_turn(
-                f"query tower, {NUM_TOKENS} tokens, ONNX Runtime, {num_threads} threads",
+                f"exported query tower, {NUM_TOKENS} tokens, threads: {num_threads}",
                 lambda: tower.embed(arrays),
-                "torch eager",
+                "eager torch",
                 lambda: network(tensors),
                 0.5,
                 rounds,
