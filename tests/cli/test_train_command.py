@@ -48,18 +48,18 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def train_command(folder: Path, epochs: int, *options: str) -> list[str]:
+def configured(folder: Path, epochs: int) -> Path:
     config = folder / "small.toml"
     config.write_text(CONFIG.format(epochs=epochs))
-    return list(tied(sys.executable, "-m", "cli.main", "train", str(config), *options))
+    return config
 
 
-def test_train_publishes(data: Path, tmp_path: Path, twotower: Twotower) -> None:
+def test_train_publishes(data: Path, tmp_path: Path, twotower: Twotower, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     store = str(tmp_path / "store")
-    command = train_command(tmp_path, 2, "--data", str(data), "--store", store)
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_S, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, ""), result
-    assert "Published checkpoint 1" in result.stdout
+    result = twotower("train", str(configured(tmp_path, 2)), "--data", str(data), "--store", store)
+    assert (result.exit_code, result.err) == (0, ""), result
+    assert "Published checkpoint 1" in result.out
     (row,) = twotower("checkpoints", "--store", store, "--json").json
     assert (row["version"], row["dim"]) == (1, 4)
     assert "test.recall_at_10" in row["metrics"]
@@ -80,7 +80,8 @@ def test_train_publishes(data: Path, tmp_path: Path, twotower: Twotower) -> None
 
 
 def test_ctrl_c_leaves_a_run_to_resume(data: Path, tmp_path: Path) -> None:
-    command = train_command(tmp_path, 100_000, "--data", str(data), "--store", "store")
+    options = (str(configured(tmp_path, 100_000)), "--data", str(data), "--store", "store")
+    command = tied(sys.executable, "-m", "cli.main", "train", *options)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         runs = tmp_path / "var" / "runs" / "small"

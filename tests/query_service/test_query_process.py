@@ -161,7 +161,7 @@ def test_importing_the_service_imports_nothing_of_training_indexes_or_the_catalo
     assert result.stdout.strip() == "{'onnxruntime'}"
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_drain_fails_no_call(world: World, models: dict[int, ToyModel], number: signal.Signals, workers: int) -> None:
     """Callers go by the health service, as load balancers do; calls in flight take longer than the drain."""
     is_told_to_stop = False

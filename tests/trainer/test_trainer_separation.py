@@ -199,7 +199,9 @@ def test_pairs_change_nothing(exporting: _Exporting) -> None:
     pairs = run.paired(encoder, log, exporting.positions)
     assert pairs["query"].rows == encoder.raw_queries(exporting.positions.tolist())
     assert pairs["item"].rows == encoder.raw_items(log.items[exporting.positions].tolist())
-    assert exported(exporting, encoder).onnx.keys() == {"query", "item"}
+    towers = exported(exporting, encoder)
+    assert towers.onnx.keys() == {"query", "item"}
+    assert towers.validation_queries is None
 
 
 class _SeesTheTarget(DataEncoder):
