@@ -15,7 +15,6 @@ from trainer.data import TrainingData
 Settings = Mapping[str, Any]
 """A training configuration, as its TOML file reads."""
 
-USER_ID: Settings = {"name": "user_id", "owner": "query", "kind": "categorical"}
 HISTORY: Settings = {"name": "history", "owner": "query", "kind": "sequence", "items": "item_id"}
 ITEM_ID: Settings = {"name": "item_id", "owner": "item", "kind": "categorical"}
 _QUERY_TEXT: Settings = {"name": "text", "owner": "query", "kind": "text", "max_length": 128}
@@ -149,9 +148,8 @@ def _declarations(shape: Shape, settings: Settings, has_encoder: bool) -> Choice
         encoder = {"encoder": ENCODER} if has_encoder else {}
         reason = "queries and documents are texts" + ("" if has_encoder else "; twotower[text] would bring an encoder")
         return Choice(("features",), [{**_QUERY_TEXT, **encoder}, {**_DOCUMENT, **encoder}], reason)
-    if shape.is_ordered:
-        return Choice(("features",), [HISTORY, ITEM_ID], "what comes next depends on what came before")
-    return Choice(("features",), [USER_ID, HISTORY, ITEM_ID], "time does not order them: users are all they like")
+    reason = "what comes next depends on what came before" if shape.is_ordered else "users are all that they like"
+    return Choice(("features",), [HISTORY, ITEM_ID], reason)
 
 
 def _of_features(shape: Shape, settings: Settings) -> Iterator[Choice]:

@@ -54,7 +54,7 @@ def write_chosen(config_path: Path, data_folder: Path | None, console: Console) 
 
 def _filled(settings: auto.Settings) -> dict[str, Any]:
     """Settings with the least that a configuration must have; wrong ones stay wrong."""
-    filled = {"features": [auto.USER_ID, auto.ITEM_ID], "model": {}, **settings}
+    filled = {"features": [auto.HISTORY, auto.ITEM_ID], "model": {}, **settings}
     if isinstance(filled["model"], Mapping):
         filled["model"] = {"dim": _LARGEST_DIM, **filled["model"]}
     return filled

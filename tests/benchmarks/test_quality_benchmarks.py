@@ -80,6 +80,18 @@ def test_gowallas_validation_does_not_know_the_test_interactions(shared: Path, t
     assert set(asked["split"].to_pylist()) == {"train", "test"}
 
 
+def test_a_random_split_differs_from_place_to_place_as_by_chance() -> None:
+    random = np.random.default_rng(0)
+    items = random.integers(2_000, size=100_000)
+    is_test = random.random(len(items)) < 0.2
+    said = gowalla.drift(items[~is_test], items[is_test])
+    assert said.startswith("of all interactions 20."), said
+    assert re.search(r"differs (0\.9|1\.0|1\.1) times", said), said
+    # Places that came up late are test ones more often.
+    is_test = random.random(len(items)) < np.where(items < 200, 0.4, 0.1)
+    assert re.search(r"differs [3-9]\.\d times", gowalla.drift(items[~is_test], items[is_test]))
+
+
 def test_bpr_tells_the_halves_apart(shared: Path, tmp_path: Path) -> None:
     pytest.importorskip("implicit", reason="a peer that is not installed")
     gowalla.write_tables(shared / "gowalla", tmp_path, validate=False)

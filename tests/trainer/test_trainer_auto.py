@@ -114,7 +114,7 @@ def test_whom_it_asks_decides_what_towers_read() -> None:
         return [(feature["name"], feature.get("encoder")) for feature in declared]
 
     assert names(FILMS, DATA) == [("history", None), ("item_id", None)]
-    assert names(PLACES, DATA) == [("user_id", None), ("history", None), ("item_id", None)]
+    assert names(PLACES, DATA) == [("history", None), ("item_id", None)]
     texts = {"data": {**DATA["data"], "layout": "beir", "users": "queries.jsonl"}}
     assert names(PLACES, texts) == [("text", "all-MiniLM-L6-v2"), ("document", "all-MiniLM-L6-v2")]
     assert names(PLACES, texts, has_encoder=False) == [("text", None), ("document", None)]
