@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from benchmarks.serving import path
 from benchmarks.serving.path import TARGETS, Length, measure, shown
 
 
-def test_the_benchmark_of_the_path_measures_every_side(tmp_path: Path) -> None:
+def test_the_benchmark_of_the_path_measures_every_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(path, "_WARM_UP_S", 0.1)
     figures = measure(Length(num_items=2000, rounds=1, burst_s=0.05), tmp_path, Console(quiet=True))
     assert all(median > 0 for by_side in figures["medians"].values() for median in by_side.values())
     assert figures["recall"] == {"Retrieve": 1.0, "in process": 1.0}
