@@ -48,7 +48,7 @@ class Caller(threading.Thread):
     def run(self) -> None:
         items = toy_items()["item_id"].to_pylist()
         features = {"user_id": "2", "history": ["1", "2"]}
-        exact = {version: list(model.nearest(features, items, K)[0]) for version, model in MODELS.items()}
+        exact = {version: model.nearest(features, items, K) for version, model in MODELS.items()}
         with RetrievalClient(self._address) as client:
             while not self._is_over.is_set():
                 try:
@@ -58,8 +58,11 @@ class Caller(threading.Thread):
                     continue
                 self.seen.append((answer.checkpoint_version, answer.shards_total))
                 time.sleep(0.005)
-                found = [item.item_id for item in answer.items]
-                if answer.shards_answered < answer.shards_total or found != exact[answer.checkpoint_version]:
+                ids, scores = exact[answer.checkpoint_version]
+                is_right = [item.item_id for item in answer.items] == list(ids) and [
+                    item.score for item in answer.items
+                ] == pytest.approx(list(scores), abs=1e-5)
+                if answer.shards_answered < answer.shards_total or not is_right:
                     self.wrong.append(f"{answer}, not {exact[answer.checkpoint_version]}")
 
     def end(self) -> None:
